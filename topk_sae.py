@@ -1,0 +1,289 @@
+"""TopK sparse autoencoder: every token keeps its k largest latents.
+
+Gao et al. 2024, 'Scaling and evaluating sparse autoencoders', arXiv 2406.04093.
+
+    pre   = (x - b_dec) @ W_enc + b_enc                   [B, F]
+    z     = relu(pre) where pre is among the k largest of its token, else 0
+    x_hat = z @ W_dec + b_dec                             [B, D]
+    loss  = mean_B |x - x_hat|^2 + auxk_alpha * AuxK      (sum over D, mean over B)
+    AuxK  = mean_B |e - e_hat|^2 / mean_B |e - mean e|^2  e = x - x_hat, detached
+            e_hat = z_dead @ W_dec, z_dead the auxk largest pre of latents that count as dead
+
+Departures from the paper (of which we had the authors' code and notes, not the text):
+  - The reconstruction error is a sum over D, not divided by the variance of x; data.py scales x so
+    that this variance is about D. AuxK keeps the weight 1/32 of the normalised loss: it acts on dead
+    latents alone, which see no other gradient, and Adam does not mind its scale.
+  - Input is centred and scaled by constants that fold into the weights; the authors' per-token
+    LayerNorm cannot be folded. W_enc starts as W_dec.T, not rescaled.
+  - A latent is dead after a tenth of the run if that is less than the paper's 10M tokens; the list
+    is renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
+  - Decoder rows are renormalised after the step, not before it, so saved rows have norm 1. No
+    averaging of weights. The learning rate follows default_lr, warms up and decays linearly.
+
+    python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
+    python topk_sae.py --model toy --toy song --k 3 --d-sae 32    # data with known features
+    python topk_sae.py --activations X.npy --k 5 --d-sae 256      # your own array [N, D]
+    torchrun --nproc-per-node 8 topk_sae.py --layer 6 --tokens 1e9 --batch-size 16384
+"""
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+
+CHECK_EVERY = 10            # steps between looks at the state of the run that make the host wait
+
+# --- arguments ------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = data.ArgumentParser(__doc__)
+    # [shared: flags]
+    add = parser.add_argument_group("training").add_argument
+    add("--d-sae", type=data.count, help="F, the number of latents; default 8 D")
+    add("--tokens", type=data.count, default=2_000_000, help="training tokens; default 2e6")
+    add("--batch-size", type=data.count, default=2048, help="tokens a step, over all processes")
+    add("--lr", type=float, help="peak learning rate; default by width and length, see default_lr")
+    add("--warmup", type=data.count, help="steps of linear warm-up; default 1000 or a tenth of all")
+    add("--dead-after", type=data.count,
+        help="tokens without firing that make a latent dead; default 10e6 or a tenth of --tokens")
+    add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+    add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
+    add("--bf16", action=data.argparse.BooleanOptionalAction,
+        help="bf16 matmuls, by autocast; default where the hardware is fast with it")
+    add("--compile", action="store_true", help="torch.compile the loss")
+    add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
+    add("--save-every", type=data.count, default=1000, help="steps between saves; default 1000")
+    add("--log-every", type=data.count, default=100, help="steps between log lines; default 100")
+    # [/shared: flags]
+    add = parser.add_argument_group("this variant").add_argument
+    add("--k", type=data.count, default=32, help="active latents per token; default 32")
+    add("--auxk", type=data.count, help="dead latents that AuxK uses per token; default D // 2")
+    add("--auxk-alpha", type=float, default=1 / 32, help="weight of AuxK, 0 to switch it off")
+    return parser.parse_args(argv)
+
+# --- model ----------------------------------------------------------------------------------------
+
+class TopKSAE(nn.Module):
+    """W_enc [D, F], b_enc [F], W_dec [F, D] with unit rows, b_dec [D]."""
+
+    def __init__(self, d_in, d_sae, k):
+        super().__init__()
+        self.k = k
+        W = F.normalize(torch.randn(d_sae, d_in), dim=1)
+        self.W_dec = nn.Parameter(W)                          # (F, D)
+        self.W_enc = nn.Parameter(W.clone().T)                # (D, F), in memory F rows of D
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    def pre_acts(self, x):
+        return F.linear(x - self.b_dec, self.W_enc.T, self.b_enc)            # (B, F)
+
+    def activate(self, pre):
+        vals, idx = pre.topk(self.k, sorted=False)                           # (B, k)
+        return torch.zeros_like(pre).scatter(-1, idx, vals.relu())           # (B, F)
+
+    def encode(self, x):
+        return self.activate(self.pre_acts(x))                               # (B, F)
+
+    def decode(self, z):
+        return z @ self.W_dec + self.b_dec                                   # (B, D)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+# --- sparse codes ---------------------------------------------------------------------------------
+# [shared: sparse]
+class Active:
+    """Where codes Z [B, F] may differ from zero: entry j is token row[j], latent col[j]; row ascends.
+
+    Z itself is never built. Each method costs n D for n entries, not B F D, and its docstring is the
+    dense formula that it equals (z [n] holds the entries of Z).
+    """
+    def __init__(self, row, col, batch, d_sae):
+        self.row, self.col, self.d_sae = row, col, d_sae
+        self.row_starts = torch.searchsorted(row, torch.arange(batch, device=row.device))
+        ascending, self.by_col = col.sort()
+        self.col_starts = torch.searchsorted(ascending, torch.arange(d_sae, device=row.device))
+
+    def matmul(self, z, W):
+        """Z @ W: [B, D]"""
+        return F.embedding_bag(self.col, W, self.row_starts, mode="sum", per_sample_weights=z)
+
+    def t_matmul(self, z, X):
+        """Z.T @ X: [F, D]"""
+        return F.embedding_bag(self.row[self.by_col], X, self.col_starts, mode="sum",
+                               per_sample_weights=z[self.by_col])
+
+    def t_sum(self, z):
+        """Z.sum(0): [F]"""
+        return torch.zeros(self.d_sae, dtype=z.dtype, device=z.device).index_add_(0, self.col, z)
+
+    def entries(self, X, W):
+        """(X @ W.T)[row, col]: [n]"""
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            X, W, self.col, self.row_starts, self.row, 0)
+
+class Encode(torch.autograd.Function):
+    """((x - b_dec) @ W_enc + b_enc)[row, col], whose values `pre` [n] the caller has; x is data."""
+    @staticmethod
+    def forward(ctx, pre, active, x, W_enc, b_enc, b_dec):
+        ctx.active = active
+        ctx.save_for_backward(x, W_enc, b_dec)
+        return pre.to(W_enc.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W_enc, b_dec = ctx.saved_tensors
+        grad_b = ctx.active.t_sum(grad)
+        return (None, None, None, ctx.active.t_matmul(grad, x - b_dec).T, grad_b, -(W_enc @ grad_b))
+
+class Decode(torch.autograd.Function):
+    """Z @ W_dec: [B, D], from the entries z [n] of Z."""
+    @staticmethod
+    def forward(ctx, z, active, W_dec):
+        ctx.active = active
+        ctx.save_for_backward(z, W_dec)
+        return active.matmul(z, W_dec)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        return ctx.active.entries(grad, W_dec), None, ctx.active.t_matmul(z, grad)
+# [/shared: sparse]
+
+# --- loss -----------------------------------------------------------------------------------------
+
+def loss_fn(sae, x, dead, args):
+    """Loss of a batch x [B, D], its terms, and how often each latent fired [F]; dead [n]: indices.
+
+    The loss equals |x - sae(x)|^2 + auxk_alpha * AuxK with dense codes, in value and in gradient.
+    """
+    with torch.no_grad():
+        vals, idx = sae.pre_acts(x).topk(sae.k, sorted=False)                # (B, k)
+    row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
+    active = Active(row, idx.flatten(), len(x), len(sae.W_dec))
+    z = Encode.apply(vals.flatten(), active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()
+    e = x - (Decode.apply(z, active, sae.W_dec) + sae.b_dec)                 # (B, D)
+    mse = e.pow(2).sum(1).mean()
+    aux = auxk_loss(sae, x, e.detach(), dead, args) if len(dead) else torch.zeros_like(mse)
+    loss = mse + args.auxk_alpha * aux
+    with torch.no_grad():
+        terms = dict(loss=loss.detach(), mse=mse.detach(), aux=aux.detach(), l0=(z > 0).sum() / len(x))
+        return loss, terms, active.t_sum((z > 1e-3).float())
+
+def auxk_loss(sae, x, e, dead, args):
+    """The dead latents reconstruct the error e of the live ones; no gradient to those, or to b_dec.
+
+    Dense, over the dead latents alone. No b_dec in e_hat: e already excludes it.
+    """
+    W_enc, W_dec = F.embedding(dead, sae.W_enc.T), F.embedding(dead, sae.W_dec)      # (n, D)
+    pre = F.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])                   # (B, n)
+    if len(dead) > args.auxk:
+        vals, idx = pre.topk(args.auxk, sorted=False)
+        pre = torch.zeros_like(pre).scatter(1, idx, vals)
+    e_hat = pre.relu() @ W_dec
+    mean = data.all_reduce(e.mean(0))                                        # of the global batch
+    variance = data.all_reduce(e.pow(2).sum(1).mean()) - mean.pow(2).sum()
+    return (e - e_hat).pow(2).sum(1).mean() / variance.clamp_min(1e-8)
+
+# --- training -------------------------------------------------------------------------------------
+
+# [shared: schedule]
+def default_lr(d_sae, steps):
+    """Width rule of Gao et al., 2e-4 sqrt(2^14 / F), times sqrt(100,000 / steps) for shorter runs,
+    at most 0.01. The second factor is ours: benchmarks/recovery.py --sweep shows what it is for."""
+    return min(0.01, 2e-4 * (2 ** 14 / d_sae) ** 0.5 * max(1, 1e5 / steps) ** 0.5)
+
+def lr_at(step, steps, args):
+    """Linear warm-up, then constant, then linear decay to 0 over the last 20 % of the steps."""
+    return args.lr * min(1, (step + 1) / args.warmup, (steps - step) / (0.2 * steps))
+# [/shared: schedule]
+
+def train_step(sae, opt, x, since_fired, dead, lr, args, loss_fn=loss_fn):
+    """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
+    # [shared: step]
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+        loss, terms, fired = loss_fn(sae, x, dead, args)
+    loss.backward()
+    with torch.no_grad():
+        for p in sae.parameters():
+            data.all_reduce(p.grad)
+        W, grad = sae.W_dec, sae.W_dec.grad
+        grad.addcmul_(torch.einsum("fd,fd->f", grad, W)[:, None], W, value=-1)  # along the sphere
+        norm = nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        opt.found_inf = (~norm.isfinite()).float()         # then fused Adam leaves the weights alone
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+        opt.zero_grad()
+        W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
+        since_fired += args.batch_size
+        since_fired.masked_fill_(data.all_reduce(fired, "max") > 0, 0)
+    return terms
+    # [/shared: step]
+
+def train(args):
+    """Train as parse_args says, write the run directory; returns the SAE, for raw activations."""
+    # [shared: start]
+    device = data.setup(args)
+    source = data.open_source(args, device)
+    D, steps = source.d_in, max(1, args.tokens // args.batch_size)
+    args.d_sae = args.d_sae or 8 * D
+    args.warmup = args.warmup or max(1, min(1000, steps // 10))
+    args.dead_after = args.dead_after or min(10_000_000, max(1, args.tokens // 10))
+    args.lr = args.lr or default_lr(args.d_sae, steps)
+    torch.manual_seed(args.seed)
+    # [/shared: start]
+    args.auxk = args.auxk or D // 2
+    if args.k > args.d_sae:
+        data.fail(f"--k {args.k}: larger than --d-sae {args.d_sae}")
+    sae = TopKSAE(D, args.d_sae, args.k).to(device)
+    out = data.run_dir(args, "topk")
+    # [shared: loop]
+    opt = torch.optim.Adam(sae.parameters(), lr=args.lr, fused=True)
+    since_fired = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
+    dead, bad, first = since_fired.nonzero()[:, 0], torch.zeros((), device=device), 0
+    if args.resume:
+        state = data.load_state(args, device)
+        sae.load_state_dict(state["sae"])
+        opt.load_state_dict(state["opt"])
+        since_fired, dead, first = state["since_fired"], state["dead"], state["step"]
+    loss = torch.compile(loss_fn) if args.compile else loss_fn
+    log = data.Log(args, first, steps)
+    with data.StopSignal(device) as stop, log.bar:
+        for step in range(first, steps):
+            x, lr = source.batch(step), lr_at(step, steps, args)
+            terms = train_step(sae, opt, x, since_fired, dead, lr, args, loss)
+            bad, done, halt = bad + opt.found_inf, step + 1, False
+            if done % CHECK_EVERY == 0 or done == steps:                # the host waits here
+                dead = (since_fired > args.dead_after).nonzero()[:, 0]
+                halt = bad.item() > 0 or stop() and done < steps
+            if done % args.log_every == 0 or done == steps:             # and here
+                log(done, x, terms, lr, len(dead) / args.d_sae)
+            if done % args.save_every == 0 or done == steps or halt:
+                data.save_state(args, done, sae=sae.state_dict(), opt=opt.state_dict(),
+                                since_fired=since_fired, dead=dead)
+            if halt:
+                log.halt(done, finite=bad.item() == 0)
+    metrics = data.heldout_metrics(sae, source.heldout())
+    sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
+    # [/shared: loop]
+    data.save_sae(args, "topk", sae.state_dict(), source, log, metrics, k=args.k,
+                  rescale_acts_by_decoder_norm=False)
+    return sae
+
+def load(path):
+    """The SAE of a run directory; it takes raw activations."""
+    cfg, tensors = data.load_sae(path)
+    sae = TopKSAE(cfg["d_in"], cfg["d_sae"], cfg["k"])
+    sae.load_state_dict(tensors)
+    return sae
+
+if __name__ == "__main__":
+    train(parse_args())

@@ -9,20 +9,9 @@ Sources   `open_source(args, device)` returns one of three, all with the same fa
           Under torchrun B is this process's slice of the global batch.
 Scaling   The scripts see x' = (x - mean) * scale with E|x'| = sqrt(D) over the training part (the
           scale of Anthropic, April 2024; centred first, so that b_dec = 0 is the data mean).
-          `save_sae` folds both into the weights: a saved SAE takes raw activations.
-Shuffling Rows are read in chunks of neighbours. Each epoch permutes the chunks, a buffer takes many
-          of them, and each batch draws its rows from the whole buffer: disk reads stay sequential
-          enough, and memory is one buffer however long the array is.
+          `fold` puts both into the weights: a saved SAE takes raw activations.
 """
-import argparse
-import contextlib
-import errno
-import json
-import os
-import signal
-import sys
-import threading
-import time
+import argparse, contextlib, ctypes, json, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +32,9 @@ def fail(message):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
+def first_line(err):
+    return (str(err).strip() or type(err).__name__).splitlines()[0][:160]
+
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -59,10 +51,9 @@ def all_reduce(tensor, op="mean"):
 
 def setup(args):
     """Start this process: group, device, matmul precision. Sets args.bf16; returns the device."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    name = args.device if args.device != "auto" else "cuda" if has_cuda else "cpu"
+    if name.startswith("cuda") and not has_cuda:
         fail(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; use --device cpu")
     try:
         device = torch.device(name)
@@ -70,60 +61,60 @@ def setup(args):
         fail(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")
     if args.batch_size % world_size():
         fail(f"--batch-size {args.batch_size}: not a multiple of the {world_size()} processes")
-    if world_size() > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # On CPUs 'medium' is oneDNN's float32, twice MKL's speed on AMD; with AMX it would mean bf16.
     amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("medium" if device.type == "cpu" and not amx else "high")
     if args.bf16 is None:
         args.bf16 = has_fast_bf16(device)
     return device
+
+def keep_freed_memory():
+    """Make glibc reuse freed buffers. By default it hands large ones back to the kernel, and every
+    step pays page faults to get them again: a fifth of the time of a step with F = 12288."""
+    with contextlib.suppress(OSError, AttributeError):        # not glibc: nothing to do
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                                   # M_MMAP_MAX: take all from the heap
+        libc.mallopt(-1, 2 ** 31 - 1)                         # M_TRIM_THRESHOLD: and keep it
 
 def has_fast_bf16(device):
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request to stop between steps; a second Ctrl-C is final."""
-    def __init__(self, device):
-        self.asked, self.device, self.old = False, device, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
+@contextlib.contextmanager
+def stop_signal(device):
+    """Ctrl-C and SIGTERM only ask for a stop, between steps; a second Ctrl-C is final. Yields a
+    function that says whether any process has been asked; all of them call it together."""
+    asked = []
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-
-    def __call__(self):
-        """Has any of the processes been asked to stop? All of them call this together."""
-        return bool(all_reduce(torch.tensor(float(self.asked), device=self.device), "max"))
-
-    def __exit__(self, *exc):
-        for number, handler in self.old.items():
+        asked.append(number)
+    main = threading.current_thread() is threading.main_thread()
+    old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield lambda: bool(all_reduce(torch.tensor(float(len(asked)), device=device), "max"))
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 @contextlib.contextmanager
 def replacing(path, flag):
-    """Yields a temporary path that takes path's place at the end; on failure path stays as it was."""
+    """Yields a temporary path that takes path's place at the end; failure leaves path as it was."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         os.replace(tmp, path)
     except Exception as err:         # OSError, or what torch and safetensors make of a full disk
-        full = getattr(err, "errno", None) == errno.ENOSPC or "os error 28" in str(err)
-        why = "no space left on the disk" if full else str(err).split("\n")[0]
-        fail(f"cannot write {path} ({why}): free some space or choose another {flag}")
+        fail(f"cannot write {path} ({first_line(err)}); free some space or choose another {flag}")
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -131,10 +122,9 @@ def replacing(path, flag):
 
 def count(text):
     """An argparse type: a whole number of at least 1, which may be written 2e6."""
-    value = float(text)
-    if not 1 <= value < 1e18 or value != int(value):
+    if not 1 <= float(text) < 1e18 or float(text) % 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(value)
+    return int(float(text))
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, and the flags that choose the data."""
@@ -159,14 +149,14 @@ class ArgumentParser(argparse.ArgumentParser):
 # --- arrays on disk -------------------------------------------------------------------------------
 
 class Shards:
-    """Rows of one or more .npy files [n, D], opened anew for each read so that memory stays bounded."""
+    """Rows of .npy files [n, D], mapped anew for each read so that resident memory is bounded."""
     def __init__(self, paths, flag):
         self.paths, heads = paths, []
         for path in paths:
             try:
                 heads.append(np.load(path, mmap_mode="r", allow_pickle=False))
             except (OSError, ValueError, EOFError) as err:
-                fail(f"{flag} {path}: not a readable .npy file ({str(err).splitlines()[0]})")
+                fail(f"{flag} {path}: not a readable .npy file ({first_line(err)})")
             a = heads[-1]
             if a.ndim != 2 or a.dtype.kind != "f":
                 fail(f"{flag} {path}: shape {a.shape}, dtype {a.dtype}; save it as [N, D] rows of "
@@ -176,12 +166,17 @@ class Shards:
                      f"{heads[0].shape[1]}; all shards need the same D")
         self.starts = np.cumsum([0] + [len(a) for a in heads])
         self.n, self.d = int(self.starts[-1]), heads[0].shape[1]
+        self.dtype = np.result_type(*heads)
 
     def read(self, rows):
         """The rows of these ascending numbers, [len(rows), D]."""
-        cuts = np.searchsorted(rows, self.starts)
-        return np.concatenate([np.load(p, mmap_mode="r")[rows[a:b] - start] for p, start, a, b in
-                               zip(self.paths, self.starts, cuts, cuts[1:]) if b > a])
+        out = np.empty((len(rows), self.d), self.dtype)
+        for lo in range(0, len(rows), 8192):
+            cuts = lo + np.searchsorted(rows[lo:lo + 8192], self.starts)
+            for path, start, a, b in zip(self.paths, self.starts, cuts, cuts[1:]):
+                if b > a:
+                    out[a:b] = np.load(path, mmap_mode="r")[rows[a:b] - start]
+        return out
 
     def pieces(self, desc):
         """Yields (number of the first row, float32 rows) over everything, in order."""
@@ -247,7 +242,11 @@ class Source:
         return self.scaled(self._heldout())
 
 class ArraySource(Source):
-    """Shuffled batches of the training chunks; chunk c is rows [c * size, (c + 1) * size)."""
+    """Shuffled rows of `train`, a list of chunks: chunk c is the rows [c * size, (c + 1) * size).
+
+    Each epoch permutes the chunks; a buffer reads many of them, and batches draw from all of it.
+    So the disk is read in runs, and memory is one buffer (256 MB in fp32) however long the array.
+    """
     def __init__(self, args, device, shards, size, train, held, mean, mean_norm, meta):
         super().__init__(args, device, shards.d, mean, mean_norm, meta)
         self.shards, self.size, self.train, self.held = shards, size, train, held
@@ -307,10 +306,10 @@ def open_source(args, device):
     if args.activations and args.model:
         fail("--activations and --model: give one of them")
     if args.model == "toy":
-        source = ToySource(args, device)
-        seen = "fresh samples"
+        source, seen = ToySource(args, device), "fresh samples"
     else:
-        source = open_array(args, device) if args.activations else open_cache(args, device)
+        import lm
+        source = (open_array if args.activations else lm.open_cache)(args, device)
         epochs = args.tokens / source.n_train
         seen = f"{source.n_train:,} training rows, {epochs:.1f} passes over them for --tokens"
     if rank() == 0:
@@ -334,30 +333,6 @@ def open_array(args, device):
     return ArraySource(args, device, shards, size, order[n_held:], order[:n_held], mean, norm,
                        {"model_name": str(path)})
 
-def open_cache(args, device):
-    """Activations of a language model, harvested by lm.py unless the cache already has them."""
-    import lm
-    if rank() == 0:
-        folder = lm.cached(args, device)
-    if world_size() > 1:                                      # the others find it ready
-        dist.barrier()
-        folder = lm.cached(args, device)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, size in manifest["files"].items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            fail(f"--cache-dir: {folder / name} is missing or damaged; delete {folder}, run again")
-    shards, size = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir"), 64
-    first_held = -(-manifest["n_train_rows"] // size)
-    meta = {k: manifest[k] for k in ("model_name", "model_hash", "hook_name", "dataset_path",
-                                     "text_hash", "context_size", "prepend_bos", "norm_cut",
-                                     "dropped")}
-    if rank() == 0:
-        print(f"cache: {folder}, {manifest['dropped']:.2%} of the tokens after position 0 dropped "
-              f"(norm above {manifest['norm_cut']:.0f})", flush=True)
-    return ArraySource(args, device, shards, size, np.arange(manifest["n_train_rows"] // size),
-                       np.arange(first_held, shards.n // size), np.load(folder / "mean.npy"),
-                       manifest["mean_norm"], meta)
-
 # --- run directories ------------------------------------------------------------------------------
 
 def flags(args):
@@ -366,19 +341,20 @@ def flags(args):
 def run_dir(args, variant):
     """Make the run directory args.out; without --out the first free runs/VARIANT-MODEL-LAYER."""
     if args.out is None:
-        name = (args.activations.stem if args.activations else
-                f"toy-{args.toy.replace(':', '-')}" if args.model == "toy" else
-                f"{Path(args.model).name}-L{args.layer}")
-        n = next(n for n in range(1, 10 ** 6) if not Path("runs", f"{variant}-{name}-{n}").exists()
-                 and (n > 1 or not Path("runs", f"{variant}-{name}").exists())) - args.resume
-        args.out = Path("runs", f"{variant}-{name}" + (f"-{n}" if n > 1 else ""))
+        data = (args.activations.stem if args.activations else f"toy-{args.toy.replace(':', '-')}"
+                if args.model == "toy" else f"{Path(args.model).name}-L{args.layer}")
+        args.out, last, n = Path("runs", f"{variant}-{data}"), None, 1
+        while args.out.exists():
+            last, n = args.out, n + 1
+            args.out = Path("runs", f"{variant}-{data}-{n}")
+        args.out = last or args.out if args.resume else args.out
     if args.resume and not (args.out / "state.pt").is_file():
         fail(f"--resume: {args.out} holds no state.pt to go on from; check --out")
     if rank() == 0 and not args.resume:
-        if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-            fail(f"--out {args.out}: already exists; choose another, or --resume that run")
         try:
             args.out.mkdir(parents=True, exist_ok=True)
+            if any(args.out.iterdir()):
+                fail(f"--out {args.out}: holds another run; choose another, or --resume that one")
         except OSError as err:
             fail(f"--out {args.out}: {err.strerror}; choose another")
     return args.out
@@ -397,7 +373,7 @@ def load_state(args, device):
         state = torch.load(args.out / "state.pt", map_location=device, weights_only=True)
         old = state["flags"]
     except Exception as err:
-        fail(f"--resume: {args.out / 'state.pt'} is damaged ({str(err).splitlines()[0][:80]})")
+        fail(f"--resume: {args.out / 'state.pt'} is damaged ({first_line(err)})")
     for name, value in flags(args).items():
         if name not in FREE_TO_CHANGE and old.get(name) != value:
             flag = "--" + name.replace("_", "-")
@@ -411,7 +387,7 @@ class Log:
         self.args, self.steps, self.first, self.began = args, steps, first, time.time()
         self.mark, self.path = (first, self.began), args.out / "metrics.jsonl"
         self.bar = tqdm(total=steps, initial=first, desc="train", disable=rank() > 0 or None)
-        if rank() == 0 and self.path.exists():                # resumed: drop what came after `first`
+        if rank() == 0 and self.path.exists():           # resumed: drop what came after `first`
             lines = self.path.read_text().splitlines(True)
             with replacing(self.path, "--out") as tmp:
                 tmp.write_text("".join(l for l in lines if json.loads(l)["step"] <= first))
@@ -421,10 +397,11 @@ class Log:
         training mean of x is 0), l0, share of dead latents, learning rate, tokens a second."""
         sums = torch.stack([*terms.values(), x.pow(2).sum(1).mean()])
         *values, x2 = all_reduce(sums).tolist()
-        terms, (before, then), self.mark = dict(zip(terms, values)), self.mark, (step, time.time())
-        l0, tokens = terms.pop("l0"), self.args.batch_size
-        record = dict(step=step, tokens=step * tokens, **terms, fvu=terms["mse"] / x2, l0=l0, dead=dead,
-                      lr=lr, tok_s=(step - before) * tokens / max(self.mark[1] - then, 1e-9))
+        (before, then), self.mark = self.mark, (step, time.time())
+        terms, batch = dict(zip(terms, values)), self.args.batch_size
+        l0 = terms.pop("l0")
+        record = dict(step=step, tokens=step * batch, **terms, fvu=terms["mse"] / x2, l0=l0,
+                      dead=dead, lr=lr, tok_s=(step - before) * batch / (self.mark[1] - then))
         self.bar.update(step - self.bar.n)
         if rank() == 0:
             try:
@@ -441,7 +418,7 @@ class Log:
         """End a run before its last step, its state being saved."""
         self.bar.close()
         if not finite:
-            fail(f"the loss was not finite at or before step {step}; those updates were left out and "
+            fail(f"the loss was not finite at or before step {step}; those updates were left out, "
                  f"the last good state is in {self.args.out}; start again with a smaller --lr")
         if rank() == 0:
             print(f"stopped at step {step} of {self.steps}, saved in {self.args.out}; to go on: "
@@ -474,14 +451,13 @@ def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
     """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them, and print the results."""
     if rank() > 0:
         return
-    seconds = time.time() - log.began
-    metrics = dict(metrics, seconds=seconds)
-    d_sae, d_in = tensors["W_dec"].shape
+    metrics["seconds"] = seconds = time.time() - log.began
     meta = dict(sae_lens_version="6.54.12", sae_lens_training_version=None, hook_name=None,
                 hook_head_index=None, context_size=None, prepend_bos=False, dataset_path=None)
-    cfg = dict(architecture=architecture, d_in=d_in, d_sae=d_sae, dtype="float32", device="cpu",
-               apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
-               **cfg, metadata=dict(meta, **source.meta, flags=flags(args), results=metrics))
+    cfg = dict(cfg, architecture=architecture, d_in=source.d_in, d_sae=args.d_sae, dtype="float32",
+               device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
+               reshape_activations="none",
+               metadata=dict(meta, **source.meta, flags=flags(args), results=metrics))
     with replacing(args.out / "sae_weights.safetensors", "--out") as tmp:
         save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, tmp)
     with replacing(args.out / "cfg.json", "--out") as tmp:
@@ -496,4 +472,4 @@ def load_sae(path):
         return (json.loads((Path(path) / "cfg.json").read_text()),
                 load_file(Path(path) / "sae_weights.safetensors"))
     except Exception as err:
-        fail(f"{path}: no saved SAE, or a damaged one ({str(err).splitlines()[0]})")
+        fail(f"{path}: no saved SAE, or a damaged one ({first_line(err)})")

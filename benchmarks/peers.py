@@ -74,7 +74,7 @@ class Ours(Peer):
         self.args.dead_after = max(1, steps * batch // 100)
         torch.manual_seed(seed)
         self.sae = topk_sae.TopKSAE(d, F, k)
-        self.opt = topk_sae.optimizer(self.sae, self.args.lr)
+        self.opt = topk_sae.data.adam(self.sae, self.args.lr)
         self.since = torch.zeros(F, dtype=torch.int64)
         self.dead = torch.arange(F)[:: round(1 / dead)] if dead else self.since.nonzero()[:, 0]
         self.forced = dead > 0

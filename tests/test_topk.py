@@ -128,7 +128,7 @@ def test_bf16_autocast_is_close_and_keeps_float32_parameters(tmp_path):
 def test_step_keeps_decoder_rows_at_norm_one_and_counts_tokens():
     sae, x, dead, _ = random_case(3, dtype=torch.float32)
     args = args_of("--no-bf16", "--batch-size", 20, "--auxk", 4)
-    opt = topk_sae.optimizer(sae, 1e-2)
+    opt = data.adam(sae, 1e-2)
     since = torch.full((40,), 100)
     _, idx = sae.pre_acts(x).topk(sae.k)
     topk_sae.train_step(sae, opt, x, since, dead, 1e-2, args)

@@ -6,8 +6,8 @@
         encode(x)       [B, F], as at inference
         reconstruct(x)  [B, D]
 
-lr None means the library's own default. dead=share: that share of the latents counts as dead at every
-step, so that AuxK is at work. Libraries that only have a training loop run that loop in a
+lr None means the library's own default. dead=share: that share of the latents counts as dead at
+every step, so that AuxK is at work. Libraries that only have a training loop run that loop in a
 thread, which takes one batch per step. Only one library per process: some need stand-ins for
 packages that they import and that their training step does not use.
 """
@@ -136,7 +136,8 @@ class SAELens(Peer):
             d_in=d, d_sae=F, k=k, device="cpu", dtype="float32"))
         cfg = SAETrainerConfig(
             total_training_samples=(steps + 1) * batch, train_batch_size_samples=batch,
-            lr=lr or 3e-4, lr_end=lr or 3e-4, device="cpu", autocast=bf16, save_final_checkpoint=False,
+            lr=lr or 3e-4, lr_end=lr or 3e-4, device="cpu", autocast=bf16,
+            save_final_checkpoint=False,
             dead_feature_window=dead_after // batch if dead_after else 1000,
             logger=LoggingConfig(log_to_wandb=False))
         self.dead = dead
@@ -163,7 +164,7 @@ class SAELens(Peer):
         return self.sae.decode(z)
 
 class Sparsify(Peer):
-    """eai-sparsify 1.3.3: Trainer.fit over a dummy model that emits our batch; Adam, always bf16."""
+    """eai-sparsify 1.3.3: Trainer.fit over a dummy model that emits our batch; Adam, bf16."""
     def __init__(self, d, F, k, lr, steps, seed, batch, bf16, optimizer="adam", dead=0.0):
         from sparsify import SparseCoderConfig, TrainConfig, Trainer
         peer = self
@@ -204,7 +205,7 @@ class Sparsify(Peer):
         self.loop.step(x)
 
     def decoder(self):
-        for opt in self.trainer.optimizers:                      # schedule-free ones average weights
+        for opt in self.trainer.optimizers:                  # schedule-free ones average weights
             getattr(opt, "eval", lambda: None)()
         return self.sae.W_dec.detach()
 

@@ -12,10 +12,11 @@ turns. Precision settings, the same for all:
     bf16           autocast: that of ours, sae-lens and overcomplete; one put around
                    dictionary-learning's update; sparsify always runs so
 
-The first rows have no dead latents, as the step mostly is; in the others 5 % of the latents count as
-dead at every step, which puts AuxK to work (overcomplete's loop has none). All run with our
-allocator setting (data.keep_freed_memory). Memory is the peak resident set during the steps, above
-what the process held before the trainer was built.
+The first rows have no dead latents, as the step mostly is; in the others 5 % of the latents count
+as dead at every step, which puts AuxK to work (overcomplete's loop has none). Each library runs as
+it comes; ours sets glibc's allocator when it starts (data.keep_freed_memory). --same-allocator
+gives that setting to all. Memory is the peak resident set during the steps, above what the process
+held before the trainer was built.
 """
 import argparse, datetime, json, os, platform, subprocess, sys, time
 from pathlib import Path
@@ -25,20 +26,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SHAPES = {"small": (512, 4096, 32, 2048), "large": (768, 12288, 32, 4096)}        # D, F, k, B
 PRECISIONS = ("fp32", "fp32-onednn", "bf16")
-ROWS = [(name, {}) for name in ("ours", "sae-lens", "dictionary-learning", "sparsify", "overcomplete")]
-ROWS += [(name, {"dead": 0.05}) for name in ("ours", "sae-lens", "dictionary-learning", "sparsify")]
+NAMES = ("ours", "sae-lens", "dictionary-learning", "sparsify", "overcomplete")
+ROWS = [(name, {}) for name in NAMES] + [(name, {"dead": 0.05}) for name in NAMES[:4]]
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) / 1024
 
-def measure(name, options, shape, precision, n):
+def measure(name, options, shape, precision, n, same_allocator):
     """CPU seconds of n steps after two more, and peak memory in MB; runs in a fresh process."""
     import torch
     import peers
     import data
     torch.set_num_threads(1)
-    data.keep_freed_memory()                                # as our script does; for all alike
+    if name == "ours" or same_allocator:
+        data.keep_freed_memory()
     torch.set_float32_matmul_precision("medium" if precision == "fp32-onednn" else "highest")
     d, F, k, B = SHAPES[shape]
     torch.manual_seed(0)
@@ -77,6 +79,7 @@ def main():
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--turns", type=int, default=3, help="turns of each library; default 3")
     parser.add_argument("--steps", type=int, default=5, help="measured steps a turn; default 5")
+    parser.add_argument("--same-allocator", action="store_true", help="ours, for the peers too")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -84,7 +87,7 @@ def main():
         print("RESULT" + json.dumps(measure(**json.loads(args.one))), flush=True)
         os._exit(0)                                         # the peers' loops wait for more batches
     lines = [f"{machine()}; one thread, CPU time, median of {args.turns} turns of {args.steps} "
-             "steps", ""]
+             f"steps{', our allocator setting for all' if args.same_allocator else ''}", ""]
     for shape in args.shapes:
         for precision in args.precisions:
             rows = [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
@@ -92,7 +95,7 @@ def main():
             for _ in range(args.turns):
                 for (name, options), result in zip(rows, results):
                     job = dict(name=name, options=options, shape=shape, precision=precision,
-                               n=args.steps)
+                               n=args.steps, same_allocator=args.same_allocator)
                     run = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)],
                                          capture_output=True, text=True,
                                          env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -103,9 +106,9 @@ def main():
                     result.append(json.loads(answer[0]))
             lines += table(shape, precision, rows, results)
             print("\n".join(lines[-len(rows) - 5:]), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(lines) + "\n")
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text("\n".join(lines) + "\n")
 
 def table(shape, precision, rows, results):
     d, F, k, B = SHAPES[shape]
@@ -113,7 +116,8 @@ def table(shape, precision, rows, results):
              for result in results]
     memory = [min(r["memory"] for r in result) if result else float("nan") for result in results]
     best = {dead: max(s for (name, options), s in zip(rows, speed)
-                      if name != "ours" and bool(options) == dead and s == s) for dead in (False, True)}
+                      if name != "ours" and bool(options) == dead and s == s)
+            for dead in (False, True)}
     lines = [f"**{shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
              "| | tokens/s | to the fastest peer | peak memory, MB |", "|---|--:|--:|--:|"]
     for (name, options), s, m in zip(rows, speed, memory):

@@ -285,6 +285,41 @@ def test_compile_changes_nothing_but_speed(tmp_path):
     for n, p in plain.named_parameters():
         assert torch.allclose(p, getattr(compiled, n), atol=1e-4), n
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_no_host_synchronisation_in_a_step():
+    """CUDA reports any wait of the host for the device; a whole step, AuxK included, has none."""
+    torch.manual_seed(0)
+    args = args_of("--bf16", "--batch-size", 512, "--auxk", 8)
+    sae, x = TopKSAE(64, 512, 8).cuda(), torch.randn(512, 64, device="cuda")
+    opt, since = data.adam(sae, 1e-3), torch.zeros(512, dtype=torch.int64, device="cuda")
+    dead = torch.arange(40, device="cuda")
+    topk_sae.train_step(sae, opt, x, since, dead, 1e-3, args)              # allocations, libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            topk_sae.train_step(sae, opt, x, since, dead, 1e-3, args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_run_finds_the_features(array, tmp_path):
+    path, toy = array
+    sae = train(args_of("--activations", path, "--k", 3, "--d-sae", 32, "--tokens", 1e6,
+                        "--batch-size", 512, "--device", "cuda", "--out", tmp_path / "run"))
+    assert mcc(toy.features, sae.W_dec.cpu()) >= 0.95
+
+def test_staged_top_k_is_exact():
+    """top(pre, k) selects the same values as torch.topk, ties and odd sizes included."""
+    for F in (7, 64, 192, 1000, 4096, 4608):
+        for k in (1, 3, 32):
+            pre = torch.randn(50, F, generator=torch.Generator().manual_seed(F + k))
+            for x in (pre, pre.bfloat16(), pre.round(), -pre.relu()):
+                if k <= F:
+                    vals, idx = topk_sae.top(x, k)
+                    assert torch.equal(vals, x.gather(1, idx))
+                    assert torch.equal(vals.sort(1).values, x.topk(k).values.sort(1).values)
+                    assert all(len(set(row)) == k for row in idx.tolist())       # no latent twice
+
 # --- flags ----------------------------------------------------------------------------------------
 
 CHANGES = {                       # flags that change the weights of toy_run, and a value that does

@@ -171,8 +171,8 @@ class Decode(torch.autograd.Function):
 # --- loss -----------------------------------------------------------------------------------------
 
 def loss_fn(sae, x, dead, args):
-    """Loss of a batch x [B, D], as above; its terms; how often each latent fired [F]. dead [n] holds
-    the indices of the dead latents."""
+    """Loss of a batch x [B, D], as above; its terms; how often each latent fired [F]. dead [n] are
+    the numbers of the dead latents."""
     with torch.no_grad():
         vals, idx = top(sae.pre_acts(x), sae.k)                              # (B, k)
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)

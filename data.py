@@ -11,8 +11,9 @@ Scaling   The scripts see x' = (x - mean) * scale with E|x'| = sqrt(D) over the 
           scale of Anthropic, April 2024; centred first, so that b_dec = 0 is the data mean).
           `fold` puts both into the weights: a saved SAE takes raw activations.
 """
-import argparse, contextlib, ctypes, json, os, signal, sys, threading, time
+import argparse, atexit, contextlib, ctypes, json, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,9 @@ def setup(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))          # a harvest may take long
+        atexit.register(dist.destroy_process_group)
     if device.type == "cpu":
         keep_freed_memory()
     # On CPUs 'medium' is oneDNN's float32, twice MKL's speed on AMD; with AMX it would mean bf16.
@@ -176,10 +179,10 @@ class Source:
         """x [B, D]: this process's slice of global batch `step`, centred, scaled, on the device."""
         if self.device.type != "cuda":
             return self.scaled(self._load(step))
-        pinned = lambda s: self._load(s).pin_memory()         # the next batch loads meanwhile
-        x = self.next[1].result() if self.next[0] == step else pinned(step)
-        self.next = step + 1, self.pool.submit(pinned, step + 1)
-        return self.scaled(x)
+        load = lambda s: self.pool.submit(lambda: self._load(s).pin_memory())
+        now = self.next[1] if self.next[0] == step else load(step)
+        self.next = step + 1, load(step + 1)                  # the next batch loads meanwhile
+        return self.scaled(now.result())
 
     def heldout(self):
         """x [M, D] that no batch contains, M <= 65536, centred and scaled like the batches."""
@@ -277,9 +280,10 @@ def load_state(args, device):
 class Log:
     """Progress bar, log lines, and metrics.jsonl with the same numbers under the same keys."""
     def __init__(self, args, first, steps):
-        self.args, self.steps, self.began = args, steps, time.time()
+        self.args, self.steps, self.began = args, steps, time.perf_counter()
         self.mark, self.path = (first, self.began), args.out / "metrics.jsonl"
-        self.bar = tqdm(total=steps, initial=first, desc="train", disable=rank() > 0 or None)
+        self.bar = tqdm(range(first, steps), initial=first, total=steps, desc="train",
+                        disable=rank() > 0 or None)
         if rank() == 0 and self.path.exists():           # resumed: drop what came after `first`
             lines = self.path.read_text().splitlines(True)
             with replacing(self.path, "--out") as tmp:
@@ -289,11 +293,11 @@ class Log:
         """Log a step: terms averaged over processes, fvu = sum |e|^2 / sum |x|^2 of its batch (the
         training mean of x is 0), l0, share of dead latents, learning rate, tokens a second."""
         values = all_reduce(torch.stack([*terms.values(), x.pow(2).sum(1).mean()])).tolist()
-        terms, (before, then), self.mark = dict(zip(terms, values)), self.mark, (step, time.time())
+        (before, then), self.mark = self.mark, (step, time.perf_counter())
+        terms = dict(zip(terms, values))
         l0, fvu, batch = terms.pop("l0"), terms["mse"] / values[-1], self.args.batch_size
         record = dict(step=step, tokens=step * batch, **terms, fvu=fvu, l0=l0, dead=dead, lr=lr,
                       tok_s=(step - before) * batch / (self.mark[1] - then))
-        self.bar.update(step - self.bar.n)
         if rank() == 0:
             try:
                 with open(self.path, "a") as f:
@@ -342,7 +346,7 @@ def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
     """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them, and print the results."""
     if rank() > 0:
         return
-    metrics["seconds"] = seconds = time.time() - log.began
+    metrics["seconds"] = seconds = time.perf_counter() - log.began
     meta = dict(sae_lens_version="6.54.12", sae_lens_training_version=None, hook_name=None,
                 hook_head_index=None, context_size=None, prepend_bos=False, dataset_path=None)
     cfg = dict(cfg, architecture=architecture, d_in=source.d_in, d_sae=args.d_sae, dtype="float32",

@@ -267,7 +267,7 @@ def train(args):
     loss = torch.compile(loss_fn) if args.compile else loss_fn
     log = data.Log(args, first, steps)
     with data.stop_signal(device) as stop, log.bar:
-        for step in range(first, steps):
+        for step in log.bar:
             x, lr = source.batch(step), lr_at(step, steps, args)
             terms = train_step(sae, opt, x, since_fired, dead, lr, args, loss)
             bad, done, halt = bad + opt.found_inf, step + 1, False

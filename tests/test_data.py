@@ -345,6 +345,11 @@ def test_refuses_bad_arrays(tmp_path, one_line):
     no(good, "--k", "whole number", more=["--k", 2.5])
     no(good, "give one of them", more=["--model", "toy"])
     no(good, "unrecognized", more=["--what", 1])
+    for flag, value in [("--lr", 0), ("--lr", "nan"), ("--lr", "x"), ("--seed", -1), ("--tokens", 0),
+                        ("--auxk-alpha", -1), ("--batch-size", "1e30"), ("--log-every", 0)]:
+        no(good, flag, more=[flag, value])
+    no(good, "--toy", "no meaning", more=["--toy", "flat"])
+    no(good, "--text", "no meaning", more=["--text", "x.txt"])
     if not torch.cuda.is_available():
         no(good, "--device cuda", "--device cpu", more=["--device", "cuda"])
     no(good, "--device tpu9", more=["--device", "tpu9"])

@@ -1,0 +1,35 @@
+"""Does SAELens read a run directory and agree with our class? Prints the largest differences.
+
+    python benchmarks/saelens_check.py runs/topk-smollm2-L6       # where sae-lens is installed
+
+The inputs are raw held-out activations of the run's own source.
+"""
+import argparse, datetime, importlib.metadata, sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from sae_lens import SAE
+
+import data
+import topk_sae
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("run", type=Path)
+run = parser.parse_args().run
+flags = data.load_sae(run)[0]["metadata"]["flags"]
+args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations") and v else v
+                             for k, v in flags.items()})
+source = data.open_source(args, torch.device("cpu"))
+x = source.heldout()[:4096] / source.scale + source.mean
+ours, theirs = topk_sae.load(run), SAE.load_from_disk(run)
+with torch.no_grad():
+    z, z_theirs = ours.encode(x), theirs.encode(x)
+    x_hat, x_theirs = ours.decode(z), theirs.decode(z_theirs)
+version = importlib.metadata.version("sae-lens")
+print(f"sae-lens {version}, torch {torch.__version__}, {datetime.date.today()}, {run}: {len(x)} raw "
+      f"activations, mean norm {x.norm(dim=1).mean():.1f}")
+print(f"active latents that differ: {((z > 0) != (z_theirs > 0)).sum()} of {(z > 0).sum()}")
+for name, a, b in (("codes", z, z_theirs), ("reconstructions", x_hat, x_theirs)):
+    print(f"{name}: largest difference {(a - b).abs().max():.1e}, largest value {a.abs().max():.1f}, "
+          f"relative {(a - b).norm() / a.norm():.1e}")

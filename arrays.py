@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import HELD_OUT, Source, fail, first_line
+from data import HELD_OUT, Source, fail, first_line, rank
 
 PIECE = 2 ** 25               # arrays are read and written in pieces of about this many numbers
 
@@ -18,7 +18,7 @@ class Shards:
             except (OSError, ValueError, EOFError) as err:
                 fail(f"{flag} {path}: not a readable .npy file ({first_line(err)})")
             a = heads[-1]
-            if a.ndim != 2 or a.dtype.kind != "f":
+            if a.ndim != 2 or a.shape[1] == 0 or a.dtype.kind != "f" or a.dtype.itemsize > 8:
                 fail(f"{flag} {path}: shape {a.shape}, dtype {a.dtype}; save it as [N, D] rows of "
                      "float16, float32 or float64")
             if a.shape[1] != heads[0].shape[1]:
@@ -40,8 +40,9 @@ class Shards:
 
     def pieces(self, desc):
         """Yields (number of the first row, float32 rows) over everything, in order."""
-        step = max(1, PIECE // self.d)
-        with tqdm(total=self.n, desc=desc, unit="row", unit_scale=True, disable=None) as bar:
+        step = max(1, PIECE // 8 // self.d)
+        with np.errstate(over="ignore"), tqdm(total=self.n, desc=desc, unit="row", unit_scale=True,
+                                              disable=rank() > 0 or None) as bar:
             for path, start in zip(self.paths, self.starts):
                 for lo in range(0, len(np.load(path, mmap_mode="r")), step):
                     a = np.load(path, mmap_mode="r")[lo:lo + step].astype(np.float32)
@@ -57,7 +58,7 @@ def statistics(shards, is_train, flag):
         a = a[finite & is_train(first + np.arange(len(a)))]
         total, n = total + a.sum(0, dtype=np.float64), n + len(a)
     if bad:
-        fail(f"{flag}: {len(bad)} of {shards.n} rows hold NaN or inf (rows "
+        fail(f"{flag}: {len(bad)} of {shards.n} rows hold NaN, inf or more than float32 can (rows "
              f"{', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}); remove them")
     mean = (total / n).astype(np.float32)
     for first, a in shards.pieces("scale"):
@@ -71,7 +72,7 @@ class ArraySource(Source):
     """Shuffled rows of `train`, a list of chunks: chunk c is the rows [c * size, (c + 1) * size).
 
     Each epoch permutes the chunks; a buffer reads many of them, and batches draw from all of it.
-    So the disk is read in runs, and memory is one buffer (256 MB in fp32) however long the array.
+    So the disk is read in runs, and memory is one buffer (256 MB of float32) for any length.
     """
     def __init__(self, args, device, shards, size, train, held, mean, mean_norm, meta):
         super().__init__(args, device, shards.d, mean, mean_norm, meta)
@@ -92,6 +93,7 @@ class ArraySource(Source):
             batches = range(self.per_epoch)[number * self.per_buffer:][:self.per_buffer]
             place = np.arange(batches[0] * self.batch_size, (batches[-1] + 1) * self.batch_size)
             rows = np.sort(order[place // self.size] * self.size + place % self.size)
+            self.buffer = None                                        # before the next is read
             self.buffer = self.shards.read(rows)
             self.shuffle = np.random.default_rng((self.seed, epoch, number)).permutation(len(rows))
             self.buffer_of = epoch, number
@@ -103,6 +105,10 @@ class ArraySource(Source):
         rows = (chunks[:, None] * self.size + np.arange(self.size)).ravel()
         return torch.from_numpy(self.shards.read(rows))
 
+def chunk_size(n):
+    """Rows in a chunk: 64 neighbours, fewer in short arrays, more in those above 64M rows."""
+    return max(min(64, n // 1024), n >> 20, 1)
+
 def open_array(args, device):
     """Source of --activations. The held-out 5 % are chunks of rows, drawn alike for every seed."""
     path = args.activations
@@ -110,12 +116,12 @@ def open_array(args, device):
     if not files:
         fail(f"--activations {path}: no such file, or a folder without .npy files")
     shards = Shards(files, "--activations")
-    size = max(min(64, shards.n // 1024), shards.n >> 20, 1)
+    size = chunk_size(shards.n)
     order = np.random.default_rng(0).permutation(shards.n // size)
     n_held = max(1, round(HELD_OUT * len(order)))
     is_train = np.zeros(len(order) + 1, bool)                # the last, broken chunk is not used
     is_train[order[n_held:]] = True
-    if len(order) - n_held < 1:
+    if shards.n < 20:
         fail(f"--activations {path}: {shards.n} rows are too few to train on")
     mean, norm = statistics(shards, lambda rows: is_train[rows // size], f"--activations {path}")
     return ArraySource(args, device, shards, size, order[n_held:], order[:n_held], mean, norm,

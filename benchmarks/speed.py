@@ -15,8 +15,8 @@ turns. Precision settings, the same for all:
 The first rows have no dead latents, as the step mostly is; in the others 5 % of the latents count
 as dead at every step, which puts AuxK to work (overcomplete's loop has none). Each library runs as
 it comes; ours sets glibc's allocator when it starts (data.keep_freed_memory). --same-allocator
-gives that setting to all. Memory is the peak resident set during the steps, above what the process
-held before the trainer was built.
+gives that setting to all. Memory is the peak resident set during the steps above what the process
+held before the first one, weights included in neither; the least of the turns.
 """
 import argparse, datetime, json, os, platform, subprocess, sys, time
 from pathlib import Path
@@ -115,8 +115,8 @@ def table(shape, precision, rows, results):
     speed = [B / median([t for r in result for t in r["times"]]) if result else float("nan")
              for result in results]
     memory = [min(r["memory"] for r in result) if result else float("nan") for result in results]
-    best = {dead: max(s for (name, options), s in zip(rows, speed)
-                      if name != "ours" and bool(options) == dead and s == s)
+    best = {dead: max([s for (name, options), s in zip(rows, speed)
+                       if name != "ours" and bool(options) == dead and s == s] or [float("nan")])
             for dead in (False, True)}
     lines = [f"**{shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
              "| | tokens/s | to the fastest peer | peak memory, MB |", "|---|--:|--:|--:|"]

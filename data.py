@@ -125,7 +125,8 @@ def replacing(path, flag):
     except (OSError, RuntimeError, SafetensorError) as err:   # torch makes a full disk the second
         fail(f"cannot write {path} ({first_line(err)}); free some space or choose another {flag}")
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink()
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -236,7 +237,8 @@ def open_source(args, device):
         epochs = args.tokens / source.n_train
         seen = f"{source.n_train:,} training rows, {epochs:.1f} passes over them for --tokens"
     if rank() == 0:
-        print(f"data: {source.meta['model_name']}, D = {source.d_in}, {seen}", flush=True)
+        print(f"data: {source.meta['model_name']}, D = {source.d_in}, {seen}; x' = (x - mean) * "
+              f"{source.scale:.4g}", flush=True)
     return source
 
 # --- run directories ------------------------------------------------------------------------------
@@ -369,7 +371,8 @@ def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
     cfg = dict(cfg, architecture=architecture, d_in=source.d_in, d_sae=args.d_sae, dtype="float32",
                device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
                reshape_activations="none",
-               metadata=dict(meta, **source.meta, flags=flags(args), results=metrics))
+               metadata=dict(meta, **source.meta, scale=source.scale, flags=flags(args),
+                             results=metrics))
     with replacing(args.out / "sae_weights.safetensors", "--out") as tmp:
         save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, tmp)
     with replacing(args.out / "cfg.json", "--out") as tmp:

@@ -90,7 +90,7 @@ def text_hash(text):
     return h.hexdigest()
 
 def contexts(args, tokenizer):
-    """--text as token ids [n, --context] int32, and whether each context begins with BOS.
+    """--text as ids [n, --context] int32, whether contexts begin with BOS, and the tokens read.
 
     Documents are joined by the end-of-text token and cut. Contexts begin with BOS where the
     tokenizer itself begins a text so (Gemma, Llama); position 0 is dropped later in any case.
@@ -220,8 +220,10 @@ def load(path, name, device, dtype):
         fail(f"--model {name}: transformers cannot load {path} "
              f"({type(err).__name__}: {first_line(err)}); if damaged, delete it and run again")
     n = model.config.get_text_config().num_hidden_layers
-    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
-    return model.to(device).eval(), tokenizer, blocks
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+    if not lists:
+        fail(f"--model {name}: no list of its {n} blocks found; use --activations instead")
+    return model.to(device).eval(), tokenizer, lists[0]
 
 class Reached(Exception):
     """The block of interest has its input: nothing later needs to run."""

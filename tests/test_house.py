@@ -37,8 +37,9 @@ def test_scripts_import_only_data_of_ours():
 
 def readme_commands():
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&") if "_sae.py" in part]
+    lines = [line.split("#")[0].replace("$k", "16") for b in blocks for line in b.splitlines()]
+    parts = [part.strip().removeprefix("do ") for line in lines for part in re.split("&&|;", line)]
+    return [part for part in parts if "_sae.py" in part]
 
 def test_readme_names_the_two_commands():
     text = (ROOT / "README.md").read_text()

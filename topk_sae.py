@@ -14,10 +14,11 @@ Departures from the paper (we had the authors' code and notes on the paper, not 
   - The paper divides the squared error by the variance of x. data.py makes that variance about D,
     so we multiply aux by D instead: auxk_alpha means the same.
   - Input is centred and scaled by constants, which fold into the weights on saving; the authors'
-    per-token LayerNorm does not. W_enc starts as W_dec.T, not rescaled. No averaging of weights.
+    per-token LayerNorm does not. So b_dec starts at the mean, not at the geometric median.
   - A latent is dead after 1 % of the run's tokens if that is less than the paper's 10M; the list is
     renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
-  - Decoder rows are renormalised after the step, not before it, so that saved rows have norm 1.
+  - W_enc starts as W_dec.T, not rescaled; rows of W_dec get norm 1 after the step, not before it.
+  - The rate follows default_lr, warms up and decays; Adam's eps is 1e-8; weights are not averaged.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
     python topk_sae.py --model toy --toy song --k 3 --d-sae 32    # data with known features
@@ -174,7 +175,7 @@ def loss_fn(sae, x, dead, args):
     """Loss of a batch x [B, D], as above; its terms; how often each latent fired [F]. dead [n] are
     the numbers of the dead latents."""
     with torch.no_grad():
-        vals, idx = top(sae.pre_acts(x), sae.k)                              # (B, k)
+        vals, idx = top(sae.pre_acts(x), sae.k)               # (B, k), rounded to bf16 by autocast
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
     active = Active(row, idx.flatten(), len(x), len(sae.W_dec))
     z = Encode.apply(vals.flatten(), active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()

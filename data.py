@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 HELD_OUT = 0.05               # share of the data kept for evaluation
@@ -122,7 +121,7 @@ def replacing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         os.replace(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as err:   # torch makes a full disk the second
+    except (OSError, RuntimeError) as err:       # RuntimeError: what torch makes of a full disk
         fail(f"cannot write {path} ({first_line(err)}); free some space or choose another {flag}")
     finally:
         with contextlib.suppress(OSError):
@@ -374,7 +373,7 @@ def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
                metadata=dict(meta, **source.meta, scale=source.scale, flags=flags(args),
                              results=metrics))
     with replacing(args.out / "sae_weights.safetensors", "--out") as tmp:
-        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, tmp)
+        tmp.write_bytes(save({n: t.contiguous().cpu() for n, t in tensors.items()}))
     with replacing(args.out / "cfg.json", "--out") as tmp:
         tmp.write_text(json.dumps(cfg, indent=1))
     print(f"held out ({metrics['heldout_tokens']:,} tokens): l0 {metrics['l0']:.2f} | fvu "

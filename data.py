@@ -11,7 +11,7 @@ Scaling   The scripts see x' = (x - mean) * scale with E|x'| = sqrt(D) over the 
           scale of Anthropic, April 2024; centred first, so that b_dec = 0 is the data mean).
           `fold` puts both into the weights: a saved SAE takes raw activations.
 """
-import argparse, contextlib, ctypes, json, math, os, re, signal, sys, threading, time
+import argparse, contextlib, ctypes, json, math, os, re, shutil, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 HELD_OUT = 0.05               # share of the data kept for evaluation
+COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]       # torch.compile needs one
 
 # --- errors, processes, devices -------------------------------------------------------------------
 
@@ -59,6 +60,8 @@ def setup(args):
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         fail("--device mps: torch finds no Apple GPU here; use --device cpu")
+    if args.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        fail("--compile: needs a C++ compiler on the CPU; install g++ or clang++, or leave it out")
     if args.batch_size % world_size():
         fail(f"--batch-size {args.batch_size}: not a multiple of the {world_size()} processes")
     if args.tokens < args.batch_size:

@@ -14,7 +14,7 @@ Cache     A model runs once per (weights, layer, text, context, size, dtype); la
     where-*.npy  int64 [n]      where each came from: context * --context + position
     tokens.npy   int32 [contexts, --context]     mean.npy  fp32 [D]     manifest.json
 """
-import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, zipfile
+import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, time, zipfile
 from array import array
 from importlib.util import find_spec
 from pathlib import Path
@@ -312,7 +312,7 @@ def harvest(args, device, model_path, key, out):
     norms = [residual_stream(model, block, ids[i:i + per_pass])[:, 1:].norm(dim=-1).flatten()
              for i in range(0, min(64, len(ids)), per_pass)]
     cut = NORM_CUT * torch.cat(norms).median().item()
-    per_shard = max(1, PIECE // (args.context * D))
+    per_shard, began = max(1, PIECE // (args.context * D)), time.perf_counter()
     with tqdm(total=ids.size, desc="harvest", unit="tok", unit_scale=True, disable=None) as bar:
         for s, lo in enumerate(range(0, len(ids), per_shard)):
             shard = ids[lo:lo + per_shard]
@@ -332,6 +332,7 @@ def harvest(args, device, model_path, key, out):
                 save_array(work / f"acts-{s:05d}.npy", kept.numpy())
             else:
                 bar.update(shard.size)
+    print(f"harvest: {ids.size / (time.perf_counter() - began):,.0f} tokens/s", flush=True)
     save_array(work / "tokens.npy", ids)
     where = np.concatenate([np.load(p) for p in sorted(work.glob("where-*.npy"))])
     shards = Shards(sorted(work.glob("acts-*.npy")), "--cache-dir")

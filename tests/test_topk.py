@@ -1,6 +1,7 @@
 """topk_sae.py: it finds the features; its loss, its sparse step and its runs are what they claim."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,7 +283,12 @@ def test_non_finite_loss_stops_with_the_last_good_state(tmp_path, monkeypatch, o
     assert all(t.isfinite().all() for t in state["sae"].values())
     assert all(t.isfinite().all() for s in state["opt"]["state"].values() for t in s.values())
 
-def test_compile_changes_nothing_but_speed(tmp_path):
+def test_compile_changes_nothing_but_speed(tmp_path, monkeypatch, one_line):
+    if not any(map(shutil.which, data.COMPILERS)):              # then only that it says so
+        return one_line(lambda: toy_run(tmp_path / "b", "--compile"), "--compile", "compiler")
+    with monkeypatch.context() as m:
+        m.setattr(data, "COMPILERS", ["no-such-compiler"])
+        one_line(lambda: toy_run(tmp_path / "c", "--compile"), "--compile", "compiler")
     plain, compiled = toy_run(tmp_path / "a"), toy_run(tmp_path / "b", "--compile")
     for n, p in plain.named_parameters():
         assert torch.allclose(p, getattr(compiled, n), atol=1e-4), n

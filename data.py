@@ -73,7 +73,8 @@ def setup(args):
                                 timeout=timedelta(days=1))          # a harvest may take long
     if device.type == "cpu":
         keep_freed_memory()
-    # On CPUs 'medium' is oneDNN's float32, twice MKL's speed on AMD; with AMX it would mean bf16.
+    # On CPUs 'medium' is oneDNN's float32, faster than the default's on AMD (benchmarks/speed.py,
+    # fp32 and fp32-onednn); on CPUs with AMX it would mean bf16.
     onednn = device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
     torch.set_float32_matmul_precision("medium" if onednn else "high")
     args.bf16 = has_fast_bf16(device) if args.bf16 is None else args.bf16
@@ -81,7 +82,7 @@ def setup(args):
 
 def keep_freed_memory():
     """Make glibc reuse freed buffers. By default it hands large ones back to the kernel, and every
-    step pays page faults to get them again: a fifth of the time of a step with F = 12288."""
+    step pays page faults to get them again (benchmarks/speed.py, with and without)."""
     with contextlib.suppress(OSError, AttributeError):        # not glibc: nothing to do
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)    # M_MMAP_MAX, M_TRIM_THRESHOLD

@@ -3,8 +3,8 @@
 Layers    --layer L is the residual stream entering block L: hidden_states[L] in transformers,
           blocks.L.hook_resid_pre in TransformerLens, the output of block L - 1. Only the blocks
           below L run.
-Dropped   Position 0 of every context, and tokens whose norm is above 4 x the median: attention
-          sinks hold most of the variance, and are all that a small SAE would learn. The share
+Dropped   Position 0 of every context, and tokens whose norm is above 4 x the median. These
+          attention sinks would hold much of the variance, and a small SAE's attention. The share
           dropped is printed and recorded.
 Cache     A model runs once per (weights, layer, text, context, size, dtype); later runs of every
           script read the shards. The contexts are shuffled and the last 5 % held out: contexts, not

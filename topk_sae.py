@@ -98,8 +98,8 @@ class TopKSAE(nn.Module):
 # --- sparse codes ---------------------------------------------------------------------------------
 
 def top(pre, k):
-    """pre.topk(k), exactly, at two thirds of its cost: the k largest of a row lie in the k chunks
-    with the largest maxima, chunk j being the columns j, j + n, j + 2 n, j + 3 n."""
+    """pre.topk(k), exactly but faster: the k largest of a row lie in the k chunks with the largest
+    maxima, chunk j being the columns j, j + n, j + 2 n, j + 3 n."""
     n, rest = divmod(pre.shape[1], 4)
     if rest or n < 2 * k:
         return pre.topk(k, sorted=False)

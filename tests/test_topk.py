@@ -31,9 +31,9 @@ def toy_run(out, *argv):
 
 @pytest.mark.parametrize("toy, k, bound", [("flat", 5, 0.985), ("song", 3, 0.967)])
 def test_recovers_the_features(toy, k, bound, tmp_path):
-    """Claim: with default settings, 3000 steps of 1024 samples find the true features. Mean MCC over
-    three seeds at least .985 on 'flat' (best peer .978), at least .967 on 'song' (what Song et al.
-    publish for TopK, a mean over five seeds from .951 to .992). No latent of 'flat' is dead.
+    """Claim: with default settings, 3000 steps of 1024 samples find the true features: mean MCC of
+    three seeds at least .985 on 'flat', and on 'song' at least the .967 that Song et al. publish
+    for TopK (a mean over five seeds, from .951 to .992). No latent of 'flat' is dead.
     Control: the same SAEs untrained, which stay below .5."""
     scores, controls = [], []
     for seed in range(3):

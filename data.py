@@ -82,7 +82,8 @@ def setup(args):
 
 def keep_freed_memory():
     """Make glibc reuse freed buffers. By default it hands large ones back to the kernel, and every
-    step pays page faults to get them again (benchmarks/speed.py, with and without)."""
+    step pays page faults to get them again. For what that costs the peers see
+    benchmarks/speed.py --same-allocator."""
     with contextlib.suppress(OSError, AttributeError):        # not glibc: nothing to do
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)    # M_MMAP_MAX, M_TRIM_THRESHOLD

@@ -26,7 +26,7 @@ class Shards:
                      f"{heads[0].shape[1]}; all shards need the same D")
         self.starts = np.cumsum([0] + [len(a) for a in heads])
         self.n, self.d = int(self.starts[-1]), heads[0].shape[1]
-        self.dtype = np.result_type(*heads)
+        self.dtype = np.float16 if all(a.dtype == np.float16 for a in heads) else np.float32
 
     def read(self, rows):
         """The rows of these ascending numbers, [len(rows), D]."""
@@ -118,7 +118,7 @@ def open_array(args, device):
     shards = Shards(files, "--activations")
     size = chunk_size(shards.n)
     order = np.random.default_rng(0).permutation(shards.n // size)
-    n_held = max(1, round(HELD_OUT * len(order)))
+    n_held = max(2, round(HELD_OUT * len(order)))
     is_train = np.zeros(len(order) + 1, bool)                # the last, broken chunk is not used
     is_train[order[n_held:]] = True
     if shards.n < 20:

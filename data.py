@@ -356,11 +356,11 @@ def heldout_metrics(sae, x):
     error, total, l0, fired, mean = 0.0, 0.0, 0.0, 0.0, x.mean(0)
     for part in x.split(2048):
         z = sae.encode(part)
-        error += (part - sae.decode(z)).pow(2).sum().double()
-        total += (part - mean).pow(2).sum().double()
+        error += (part - sae.decode(z)).pow(2).sum().item()
+        total += (part - mean).pow(2).sum().item()
         l0 += (z != 0).sum()
         fired += (z > 0).sum(0)
-    return dict(l0=l0.item() / len(x), fvu=(error / total).item(), heldout_tokens=len(x),
+    return dict(l0=l0.item() / len(x), fvu=error / total, heldout_tokens=len(x),
                 dead=(fired == 0).float().mean().item())
 
 def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
@@ -382,7 +382,7 @@ def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
     with replacing(args.out / "cfg.json", "--out") as tmp:
         tmp.write_text(json.dumps(cfg, indent=1))
     print(f"held out ({metrics['heldout_tokens']:,} tokens): l0 {metrics['l0']:.2f} | fvu "
-          f"{metrics['fvu']:.4f} | dead {metrics['dead']:.2%} | {seconds:.0f} s of training\n"
+          f"{metrics['fvu']:.4f} | dead {metrics['dead']:.2%} | {seconds:.0f} s in this session\n"
           f"run directory: {args.out}", flush=True)
 
 def load_sae(path):

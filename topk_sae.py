@@ -19,6 +19,7 @@ Departures from the paper (we had the authors' code and notes on the paper, not 
     renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
   - W_enc starts as W_dec.T, not rescaled; rows of W_dec get norm 1 after the step, not before it.
   - The rate follows default_lr, warms up and decays; Adam's eps is 1e-8; weights are not averaged.
+  - Gradients are clipped to norm 1, which on our D-fold loss is nearly always; auxk is D // 2.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
     python topk_sae.py --model toy --toy song --k 3 --d-sae 32    # data with known features
@@ -34,9 +35,9 @@ from torch import nn
 
 import data
 
-CHECK_EVERY = 10                    # steps from one host wait to the next: dead list, stop signals
+CHECK_EVERY = 10        # steps between renewals of the dead list and looks for a request to stop
 
-# --- arguments ------------------------------------------------------------------------------------
+# --- arguments ([shared: NAME] blocks are the same text in every variant's file) ------------------
 
 def parse_args(argv=None):
     parser = data.ArgumentParser(__doc__)
@@ -100,7 +101,7 @@ class TopKSAE(nn.Module):
 def top(pre, k):
     """pre.topk(k), exactly but faster: the k largest of a row lie in the k chunks with the largest
     maxima, chunk j being the columns j, j + n, j + 2 n, j + 3 n."""
-    n, rest = divmod(pre.shape[1], 4)
+    n, rest = divmod(pre.shape[1], 4)                                        # n chunks
     if rest or n < 2 * k:
         return pre.topk(k, sorted=False)
     _, chunks = top(pre.unflatten(1, (4, n)).amax(1), k)                     # (B, k)
@@ -135,12 +136,12 @@ class Active:
         return torch.zeros(self.d_sae, dtype=z.dtype, device=z.device).index_add_(0, self.col, z)
 
     def entries(self, X, W):
-        """(X @ W.T)[row, col]: [n]"""
+        """(X @ W.T)[row, col]: [n], by the private gradient of embedding_bag with respect to z"""
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             X, W, self.col, self.row_starts, self.row, 0)
 
 class Encode(torch.autograd.Function):
-    """((x - b_dec) @ W_enc + b_enc)[row, col], whose values `pre` [n] the caller has; x is data."""
+    """((x - b_dec) @ W_enc + b_enc)[row, col], known already as `pre` [n]; x gets no gradient."""
     @staticmethod
     def forward(ctx, pre, active, x, W_enc, b_enc, b_dec):
         ctx.active = active
@@ -172,8 +173,7 @@ class Decode(torch.autograd.Function):
 # --- loss -----------------------------------------------------------------------------------------
 
 def loss_fn(sae, x, dead, args):
-    """Loss of a batch x [B, D], as above; its terms; how often each latent fired [F]. dead [n] are
-    the numbers of the dead latents."""
+    """Loss of a batch x [B, D], its terms, how often each latent fired [F]; dead [n]: indices."""
     with torch.no_grad():
         vals, idx = top(sae.pre_acts(x), sae.k)               # (B, k), rounded to bf16 by autocast
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
@@ -189,7 +189,7 @@ def loss_fn(sae, x, dead, args):
     return loss, terms, active.t_sum((z > 1e-3).float())
 
 def auxk_loss(sae, x, e, dead, args):
-    """The dead latents reconstruct the error e of the live ones; no gradient to those, or to b_dec.
+    """The dead latents reconstruct the error e of the live ones: no gradient to live ones or b_dec.
     Dense, over the dead latents alone. No b_dec in e_hat: e already excludes it."""
     W_enc, W_dec = F.embedding(dead, sae.W_enc.T), F.embedding(dead, sae.W_dec)      # (n, D)
     pre = F.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])                   # (B, n)
@@ -205,9 +205,8 @@ def auxk_loss(sae, x, e, dead, args):
 
 # [shared: schedule]
 def default_lr(d_sae, steps):
-    """2e-4 sqrt(2^14 / F), the width rule that dictionary_learning and sparsify use after Gao et
-    al., times sqrt(100,000 / steps) but at least 1 and at most 6; never above 0.01. The second
-    factor is ours, for short runs: benchmarks/recovery.py --sweep shows what it is worth."""
+    """2e-4 sqrt(2^14 / F), the rule of dictionary_learning and sparsify after Gao et al.; times
+    sqrt(100,000 / steps) in [1, 6], ours (benchmarks/recovery.py --sweep); at most 0.01."""
     return min(0.01, 2e-4 * (2 ** 14 / d_sae) ** 0.5 * min(6, max(1, (1e5 / steps) ** 0.5)))
 
 def lr_at(step, steps, args):
@@ -259,7 +258,8 @@ def train(args):
     # [shared: loop]
     opt = data.adam(sae, args.lr)
     tokens_since_fired = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
-    dead, bad, first = tokens_since_fired.nonzero()[:, 0], torch.zeros((), device=device), 0
+    dead = torch.empty(0, dtype=torch.int64, device=device)
+    bad, first = torch.zeros((), device=device), 0
     if args.resume:
         state = data.load_state(args, source)
         sae.load_state_dict(state["sae"])

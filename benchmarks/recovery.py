@@ -5,10 +5,11 @@
 
 The data: 'flat' (256 features in 64 dimensions, about 5 active, F = 256, k = 5) and 'song' (Song et
 al. 2025: 32 features in 16 dimensions, exactly 3 active, F = 32, k = 3), 3000 steps of 1024 fresh
-samples, centred and scaled for all alike as data.py does. Ours runs with its defaults, through its
-own train_step; each peer with its own training step, at its default learning rate and at those of
-LRS, of which the best mean is kept. dictionary-learning and sae-lens also run with a latent called
-dead after 30,000 tokens, as ours does, since their thresholds of millions never trigger here.
+samples, centred and scaled for all alike as data.py does, in float32. Ours runs through its own
+train_step with its default learning rate and AuxK; each peer through its own training step, set up
+as peers.py says, at its default rate and at those of LRS, of which the best mean is kept.
+dictionary-learning and sae-lens also run with a latent called dead after 30,000 tokens, as ours
+does, since by default they would call one dead late (1000 steps) or never (10M tokens).
 
 MCC is the mean signed cosine of true and learned features under the best one-to-one matching;
 chance is that of random directions. L0, FVU and dead latents are of 65,536 held-out samples.

@@ -27,9 +27,9 @@ with torch.no_grad():
     z, z_theirs = ours.encode(x), theirs.encode(x)
     x_hat, x_theirs = ours.decode(z), theirs.decode(z_theirs)
 version = importlib.metadata.version("sae-lens")
-print(f"sae-lens {version}, torch {torch.__version__}, {datetime.date.today()}, {run}: {len(x)} raw "
-      f"activations, mean norm {x.norm(dim=1).mean():.1f}")
+print(f"sae-lens {version}, torch {torch.__version__}, {datetime.date.today()}, {run}: {len(x)} "
+      f"raw activations, mean norm {x.norm(dim=1).mean():.1f}")
 print(f"active latents that differ: {((z > 0) != (z_theirs > 0)).sum()} of {(z > 0).sum()}")
 for name, a, b in (("codes", z, z_theirs), ("reconstructions", x_hat, x_theirs)):
-    print(f"{name}: largest difference {(a - b).abs().max():.1e}, largest value {a.abs().max():.1f}, "
-          f"relative {(a - b).norm() / a.norm():.1e}")
+    print(f"{name}: largest difference {(a - b).abs().max():.1e}, largest value "
+          f"{a.abs().max():.1f}, relative {(a - b).norm() / a.norm():.1e}")

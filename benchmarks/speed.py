@@ -1,11 +1,15 @@
 """Tokens per second of a whole TopK training step: ours beside the peers, in one run.
 
-    python benchmarks/speed.py --out benchmarks/results/speed.md    # in the peers' environment
+In the peers' environment (requirements.txt beside this file):
 
-Each library runs its own training step on the same batches, in a process of its own, on one thread,
-measured in CPU time (which other work on the machine disturbs less than wall time). They take
-turns, so that a change in the machine's speed meets all of them; the figure is the median over all
-turns. Precision settings, the same for all:
+    python benchmarks/speed.py --turns 2 --steps 4 --out benchmarks/results/speed.md
+    python benchmarks/speed.py --turns 2 --steps 4 --precisions bf16 --same-allocator \\
+        --out benchmarks/results/speed-same-allocator.md
+
+Each library runs its own training step on the same batches, set up as peers.py says, in a process
+of its own, on one thread, measured in CPU time (which other work on the machine disturbs less than
+wall time). They take turns, so that a change in the machine's speed meets all of them; the figure
+is the median over all turns. Precision settings, the same for all:
 
     fp32           torch's default float32 matmul
     fp32-onednn    set_float32_matmul_precision("medium"): oneDNN's float32 on CPUs, our default
@@ -13,10 +17,10 @@ turns. Precision settings, the same for all:
                    dictionary-learning's update; sparsify always runs so
 
 The first rows have no dead latents, as the step mostly is; in the others 5 % of the latents count
-as dead at every step, which puts AuxK to work (overcomplete's loop has none). Each library runs as
-it comes; ours sets glibc's allocator when it starts (data.keep_freed_memory). --same-allocator
-gives that setting to all. Memory is the peak resident set during the steps above what the process
-held before the first one, weights included in neither; the least of the turns.
+as dead at every step, which puts AuxK to work (overcomplete's loop has none). Ours sets glibc's
+allocator when it starts (data.keep_freed_memory); --same-allocator does so for all. Memory is the
+peak resident set during the steps above what the process held before the first one, weights
+included in neither; the least of the turns.
 """
 import argparse, datetime, json, os, platform, subprocess, sys, time
 from pathlib import Path

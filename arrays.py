@@ -116,13 +116,13 @@ def open_array(args, device):
     if not files:
         fail(f"--activations {path}: no such file, or a folder without .npy files")
     shards = Shards(files, "--activations")
+    if shards.n < 20:
+        fail(f"--activations {path}: {shards.n} rows are too few to train on")
     size = chunk_size(shards.n)
     order = np.random.default_rng(0).permutation(shards.n // size)
     n_held = max(2, round(HELD_OUT * len(order)))
     is_train = np.zeros(len(order) + 1, bool)                # the last, broken chunk is not used
     is_train[order[n_held:]] = True
-    if shards.n < 20:
-        fail(f"--activations {path}: {shards.n} rows are too few to train on")
     mean, norm = statistics(shards, lambda rows: is_train[rows // size], f"--activations {path}")
     return ArraySource(args, device, shards, size, order[n_held:], order[:n_held], mean, norm,
                        {"model_name": str(path)})

@@ -243,7 +243,7 @@ def train(args):
     # [shared: start]
     device = data.setup(args)
     source = data.open_source(args, device)
-    D, steps = source.d_in, max(1, args.tokens // args.batch_size)
+    D, steps = source.d_in, args.tokens // args.batch_size
     args.d_sae = args.d_sae or 8 * D
     args.warmup = args.warmup or max(1, min(1000, steps // 10))
     args.dead_after = args.dead_after or min(10_000_000, max(1, args.tokens // 100))

@@ -75,18 +75,19 @@ def line(label, lr, results):
 HEAD = ["| | lr | MCC, mean | MCC by seed | share > .95 | L0 | FVU | dead, worst |",
         "|---|--:|--:|---|--:|--:|--:|--:|"]
 
-def compare():
+def compare(only, tasks, lrs, seeds):
+    rows = [row for row in ROWS if row[0] in only]
     jobs = [dict(name=name, options=options, task=task, lr=lr, seed=seed)
-            for task in TASKS for name, options in ROWS
-            for lr in (LRS if name != "ours" else (None,)) for seed in SEEDS]
+            for task in tasks for name, options in rows
+            for lr in (lrs if name != "ours" else (None,)) for seed in seeds]
     results = run_all(jobs)
     lines = []
-    for task, (d, F, k) in TASKS.items():
+    for task, (d, F, k) in [(task, TASKS[task]) for task in tasks]:
         lines += [f"**{task}**: D={d}, F={F}, k={k}", "", *HEAD]
         table = []
-        for name, options in ROWS:
+        for name, options in rows:
             best = None
-            for lr in LRS:
+            for lr in (None, *(lr for lr in lrs if lr)):
                 got = [r for j, r in zip(jobs, results) if r and j["lr"] == lr and
                        (j["task"], j["name"], j["options"]) == (task, name, options)]
                 if got and (best is None or score(got) > score(best[1])):
@@ -102,11 +103,11 @@ def compare():
 def score(results):
     return sum(r["mcc"] for r in results) / len(results)
 
-def sweep():
+def sweep(seeds):
     """Our learning rate rule against fixed rates."""
     rates = (1e-3, 1.6e-3, 3e-3, 5e-3, None, 1.5e-2, 2e-2)
     jobs = [dict(name="ours", options={}, task=task, lr=lr, seed=seed)
-            for task in TASKS for lr in rates for seed in SEEDS]
+            for task in TASKS for lr in rates for seed in seeds]
     results, lines = run_all(jobs), []
     for task in TASKS:
         lines += [f"**{task}**", "", *HEAD]
@@ -120,6 +121,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="our learning rates, no peers")
+    parser.add_argument("--only", nargs="+", default=[r[0] for r in ROWS], help="these libraries")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of the peers")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default 0 1 2")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -127,8 +132,9 @@ def main():
         print("RESULT" + json.dumps(measure(**json.loads(args.one))), flush=True)
         os._exit(0)
     from speed import machine
-    lines = [f"{machine()}; float32, {STEPS} steps of {BATCH}, seeds {SEEDS}", ""]
-    lines += sweep() if args.sweep else compare()
+    lines = [f"{machine()}; float32, {STEPS} steps of {BATCH}, seeds {args.seeds}", ""]
+    lines += sweep(args.seeds) if args.sweep else compare(args.only, args.tasks, args.lrs,
+                                                                     args.seeds)
     print("\n".join(lines))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

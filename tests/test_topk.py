@@ -29,14 +29,16 @@ def toy_run(out, *argv):
 
 # --- recovery: claim, margin, control -------------------------------------------------------------
 
-@pytest.mark.parametrize("toy, k, bound", [("flat", 5, 0.985), ("song", 3, 0.967)])
-def test_recovers_the_features(toy, k, bound, tmp_path):
-    """Claim: with default settings, 3000 steps of 1024 samples find the true features: mean MCC of
-    three seeds at least .985 on 'flat', and on 'song' at least the .967 that Song et al. publish
-    for TopK (a mean over five seeds, from .951 to .992). No latent of 'flat' is dead.
+@pytest.mark.parametrize("toy, k, bound, seeds", [("flat", 5, 0.985, (10, 11, 12)),
+                                                  ("song", 3, 0.967, (10, 11, 12, 13, 14))])
+def test_recovers_the_features(toy, k, bound, seeds, tmp_path):
+    """Claim: with default settings, 3000 steps of 1024 samples find the true features: mean MCC at
+    least .985 on 'flat' over three seeds, and on 'song' at least the .967 that Song et al. publish
+    for TopK, over five seeds as theirs (from .951 to .992). No latent of 'flat' is dead. The defaults
+    were chosen on seeds 0 to 4 of these toys, so the claim is tested on others.
     Control: the same SAEs untrained, which stay below .5."""
     scores, controls = [], []
-    for seed in range(3):
+    for seed in seeds:
         truth = Toy.preset(f"{toy}:{seed}").features
         torch.manual_seed(seed)
         controls.append(mcc(truth, TopKSAE(truth.shape[1], len(truth), k).W_dec))
@@ -47,7 +49,7 @@ def test_recovers_the_features(toy, k, bound, tmp_path):
         scores.append(mcc(truth, sae.W_dec))
         print(f"{toy} seed {seed}: MCC {scores[-1]:.4f}, untrained {controls[-1]:.4f}, {results}")
         assert toy != "flat" or results["dead"] == 0
-    assert sum(scores) / 3 >= bound and max(controls) < 0.5
+    assert sum(scores) / len(scores) >= bound and max(controls) < 0.5
 
 # --- the loss -------------------------------------------------------------------------------------
 

@@ -97,9 +97,9 @@ def rows(p):
     """A parameter or gradient as it lies in memory, contiguous: W_enc [D, F] is F rows of D."""
     return p if p.is_contiguous() else p.T
 
-def adam(sae, lr):
+def adam(sae, lr, betas):
     """Fused Adam, on views of the parameters: it would copy, in and out, what is not contiguous."""
-    return torch.optim.Adam([rows(p.data) for p in sae.parameters()], lr=lr, fused=True)
+    return torch.optim.Adam([rows(p.data) for p in sae.parameters()], lr, betas, fused=True)
 
 @contextlib.contextmanager
 def stop_signal(device):
@@ -144,6 +144,12 @@ def at_least(least, kind=int):
     return number
 
 count = at_least(1)
+
+def share(text):
+    """An argparse type: a number in (0, 1]."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and at most 1")
+    return float(text)
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, and the flags that choose the data."""
@@ -274,17 +280,19 @@ def check_free(out):
 
 FREE_TO_CHANGE = {"out", "resume", "save_every", "log_every", "device", "cache_dir", "compile"}
 
-def save_state(args, source, step, **state):
+def save_state(args, source, sae, opt, state, step):
     """Write state.pt: all that a resumed run needs, with the flags and data it must agree with."""
     if rank() == 0:
         with replacing(args.out / "state.pt", "--out") as tmp:
-            torch.save(dict(state, step=step, flags=flags(args), mean=source.mean), tmp)
+            torch.save(dict(sae=sae.state_dict(), opt=opt.state_dict(), state=state, step=step,
+                            flags=flags(args), mean=source.mean), tmp)
 
-def load_state(args, source):
-    """What save_state wrote. Fails if a flag that matters, or the data, differs from that run's."""
+def load_state(args, source, sae, opt, state):
+    """Fill sae, opt and state with what save_state wrote; returns the steps done. Fails if a flag
+    that matters, or the data, differs from that run's."""
     try:
-        state = torch.load(args.out / "state.pt", map_location=source.device, weights_only=True)
-        old, mean = state["flags"], state["mean"]
+        saved = torch.load(args.out / "state.pt", map_location=source.device, weights_only=True)
+        old, mean = saved["flags"], saved["mean"]
     except Exception as err:
         fail(f"--resume: {args.out / 'state.pt'} is damaged ({first_line(err)})")
     for name, value in flags(args).items():
@@ -294,14 +302,17 @@ def load_state(args, source):
                  "agree, or choose another --out for a new run")
     if (mean - source.mean).norm() * source.scale > 1e-3:
         fail(f"--resume: the data of {args.out} have changed since; choose another --out")
-    return state
+    sae.load_state_dict(saved["sae"])
+    opt.load_state_dict(saved["opt"])
+    state.update(saved["state"])
+    return saved["step"]
 
 class Log:
     """Progress bar, log lines, and metrics.jsonl with the same numbers under the same keys."""
-    def __init__(self, args, first, steps):
-        self.args, self.steps, self.began = args, steps, time.perf_counter()
+    def __init__(self, args, first):
+        self.args, self.steps, self.began = args, args.steps, time.perf_counter()
         self.mark, self.path = (first, self.began), args.out / "metrics.jsonl"
-        self.bar = tqdm(range(first, steps), initial=first, total=steps, desc="train",
+        self.bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train",
                         disable=rank() > 0 or None)
         if rank() == 0 and self.path.exists():           # resumed: drop what came after `first`
             lines = [l for l in self.path.read_text().splitlines(True) if l.endswith("}\n")]

@@ -35,7 +35,8 @@ from torch import nn
 
 import data
 
-CHECK_EVERY = 10        # steps between renewals of the dead list and looks for a request to stop
+CHECK_EVERY = 10        # steps between the times when the host looks at what the device has found
+BETAS = 0.9, 0.999      # of Adam
 
 # --- arguments ([shared: NAME] blocks are the same text in every variant's file) ------------------
 
@@ -70,6 +71,7 @@ def parse_args(argv=None):
 
 class TopKSAE(nn.Module):
     """W_enc [D, F], b_enc [F], W_dec [F, D] with unit rows, b_dec [D]."""
+    unit_norm = True                                          # train_step keeps rows of W_dec so
 
     def __init__(self, d_in, d_sae, k):
         super().__init__()
@@ -167,13 +169,14 @@ class Decode(torch.autograd.Function):
     def backward(ctx, grad):
         z, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
-        return ctx.active.entries(grad, W_dec), None, ctx.active.t_matmul(z, grad)
+        grad_W = ctx.active.t_matmul(z, grad) if ctx.needs_input_grad[2] else None
+        return ctx.active.entries(grad, W_dec), None, grad_W
 # [/shared: sparse]
 
 # --- loss -----------------------------------------------------------------------------------------
 
-def loss_fn(sae, x, dead, args):
-    """Loss of a batch x [B, D], its terms, how often each latent fired [F]; dead [n]: indices."""
+def loss_fn(sae, x, state, args):
+    """Loss of a batch x [B, D], its terms, how often each latent fired [F]."""
     with torch.no_grad():
         vals, idx = top(sae.pre_acts(x), sae.k)               # (B, k), rounded to bf16 by autocast
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
@@ -181,9 +184,8 @@ def loss_fn(sae, x, dead, args):
     z = Encode.apply(vals.flatten(), active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()
     x_hat = Decode.apply(z, active, sae.W_dec) + sae.b_dec                   # (B, D)
     mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
-    aux = torch.zeros_like(mse)
-    if len(dead) and args.auxk_alpha:
-        aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, args)
+    dead = state["dead"] if args.auxk_alpha else ()
+    aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, args) if len(dead) else mse.new_zeros(())
     loss = mse + args.auxk_alpha * x.shape[1] * aux
     terms = dict(loss=loss, mse=mse, aux=aux, l0=(z > 0).sum() / len(x))
     return loss, terms, active.t_sum((z > 1e-3).float())
@@ -209,45 +211,47 @@ def default_lr(d_sae, steps):
     sqrt(100,000 / steps) in [1, 6], ours (benchmarks/recovery.py --sweep); at most 0.01."""
     return min(0.01, 2e-4 * (2 ** 14 / d_sae) ** 0.5 * min(6, max(1, (1e5 / steps) ** 0.5)))
 
-def lr_at(step, steps, args):
+def lr_at(step, args):
     """Linear warm-up, then constant, then linear decay to 0 over the last 20 % of the steps."""
-    return args.lr * min(1, (step + 1) / args.warmup, (steps - step) / (0.2 * steps))
+    return args.lr * min(1, (step + 1) / args.warmup, (args.steps - step) / (0.2 * args.steps))
 # [/shared: schedule]
 
-def train_step(sae, opt, x, tokens_since_fired, dead, lr, args, loss_fn=loss_fn):
+def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
     # [shared: step]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, terms, fired = loss_fn(sae, x, dead, args)
+        loss, terms, fired = loss_fn(sae, x, state, args)
     loss.backward()
     with torch.no_grad():
-        group = opt.param_groups[0]
+        group, W = opt.param_groups[0], sae.W_dec
         for p, view in zip(sae.parameters(), group["params"]):
             view.grad = data.all_reduce(data.rows(p.grad))
-        W, grad = sae.W_dec, sae.W_dec.grad
-        grad.addcmul_(torch.linalg.vecdot(grad, W)[:, None], W, value=-1)      # along the sphere
+        if sae.unit_norm:                                              # move along the sphere
+            W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
         opt.found_inf = (~norm.isfinite()).float()     # 1 makes fused Adam leave the weights alone
-        group["lr"] = lr
+        group["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
         sae.zero_grad()
-        W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
-        tokens_since_fired += args.batch_size
-        tokens_since_fired.masked_fill_(data.all_reduce(fired, "max") > 0, 0)
-    return {name: term.detach() for name, term in terms.items()}
+        if sae.unit_norm:
+            W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
+        state["tokens_since_fired"] += args.batch_size
+        state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "max") > 0, 0)
+    terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
+    return terms
 
 def train(args):
     """Train as parse_args says, write the run directory; returns the SAE, for raw activations."""
     # [shared: start]
     device = data.setup(args)
     source = data.open_source(args, device)
-    D, steps = source.d_in, args.tokens // args.batch_size
+    D, args.steps = source.d_in, args.tokens // args.batch_size
     args.d_sae = args.d_sae or 8 * D
-    args.warmup = args.warmup or max(1, min(1000, steps // 10))
+    args.warmup = args.warmup or max(1, min(1000, args.steps // 10))
     args.dead_after = args.dead_after or min(10_000_000, max(1, args.tokens // 100))
-    args.lr = args.lr or default_lr(args.d_sae, steps)
+    args.lr = args.lr or default_lr(args.d_sae, args.steps)
     torch.manual_seed(args.seed)
     # [/shared: start]
     args.auxk = args.auxk or D // 2
@@ -255,31 +259,27 @@ def train(args):
         data.fail(f"--k {args.k}: larger than --d-sae {args.d_sae}")
     sae = TopKSAE(D, args.d_sae, args.k).to(device)
     data.run_dir(args, "topk")
+    state = {}
     # [shared: loop]
-    opt = data.adam(sae, args.lr)
-    tokens_since_fired = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
-    dead = torch.empty(0, dtype=torch.int64, device=device)
-    bad, first = torch.zeros((), device=device), 0
+    opt, first = data.adam(sae, args.lr, BETAS), 0
+    state["tokens_since_fired"] = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
+    state["dead"] = torch.empty(0, dtype=torch.int64, device=device)         # indices
     if args.resume:
-        state = data.load_state(args, source)
-        sae.load_state_dict(state["sae"])
-        opt.load_state_dict(state["opt"])
-        tokens_since_fired, dead, first = state["tokens_since_fired"], state["dead"], state["step"]
+        first = data.load_state(args, source, sae, opt, state)
     loss = torch.compile(loss_fn) if args.compile else loss_fn
-    log = data.Log(args, first, steps)
+    log, bad = data.Log(args, first), torch.zeros((), device=device)
     with data.stop_signal(device) as stop, log.bar:
         for step in log.bar:
-            x, lr = source.batch(step), lr_at(step, steps, args)
-            terms = train_step(sae, opt, x, tokens_since_fired, dead, lr, args, loss)
+            x = source.batch(step)
+            terms = train_step(sae, opt, x, state, step, args, loss)
             bad, done, halt = bad + opt.found_inf, step + 1, False
-            if done % CHECK_EVERY == 0 or done == steps:                # the host waits here
-                dead = (tokens_since_fired > args.dead_after).nonzero()[:, 0]
-                halt = bad.item() > 0 or stop() and done < steps
-            if done % args.log_every == 0 or done == steps:             # and here
-                log(done, x, terms, lr, len(dead) / args.d_sae)
-            if done % args.save_every == 0 or done == steps or halt:
-                data.save_state(args, source, done, sae=sae.state_dict(), opt=opt.state_dict(),
-                                tokens_since_fired=tokens_since_fired, dead=dead)
+            if done % CHECK_EVERY == 0 or done == args.steps:           # the host waits here
+                state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
+                halt = bad.item() > 0 or stop() and done < args.steps
+            if done % args.log_every == 0 or done == args.steps:        # and here
+                log(done, x, terms, lr_at(step, args), len(state["dead"]) / args.d_sae)
+            if done % args.save_every == 0 or done == args.steps or halt:
+                data.save_state(args, source, sae, opt, state, done)
             if halt:
                 log.halt(done, finite=bad.item() == 0)
     metrics = data.heldout_metrics(sae, source.heldout())

@@ -1,10 +1,11 @@
 """Drives each library's own training step on batches that we hand it, for speed.py and recovery.py.
 
-    make(name, d, F, k, lr, steps, seed, batch, bf16) -> object with
+    make(name, variant, d, F, k, lr, steps, seed, batch, bf16) -> object with      variant: one of VARIANTS
         step(x)         one training step of that library on x [B, D]
         decoder()       [F, D]
         encode(x)       [B, F], as at inference
         reconstruct(x)  [B, D]
+        plant(W, bias)  W [F, D] becomes decoder and encoder, bias the encoder's (of the gate)
 
 lr None means the library's own default. dead=share: that share of the latents counts as dead at
 every step, so that AuxK is at work. Libraries that only have a training loop run that loop in a
@@ -58,33 +59,50 @@ class Loop:
 
 class Peer:
     @torch.no_grad()
+    def plant(self, W, bias):
+        """Of the libraries with W_enc [D, F] and W_dec [F, D]."""
+        self.sae.W_enc.copy_(W.T)
+        self.sae.W_dec.copy_(W)
+        getattr(self.sae, "b_enc" if hasattr(self.sae, "b_enc") else "b_gate").fill_(bias)
+
+    @torch.no_grad()
     def reconstruct(self, x):
         return self.decode(self.encode(x))
 
 class Ours(Peer):
-    """topk_sae.py: its train_step, as its train() calls it."""
-    def __init__(self, d, F, k, lr, steps, seed, batch, bf16, dead=0.0):
+    """The variant's script: its train_step, as its train() calls it."""
+    def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead=0.0, flags=()):
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        import topk_sae
-        self.m, self.steps, self.i = topk_sae, steps, 0
-        flags = ["--k", k, "--batch-size", batch, "--auxk", d // 2, "--d-sae", F]
-        self.args = topk_sae.parse_args([*map(str, flags), "--bf16" if bf16 else "--no-bf16"])
-        self.args.lr = lr or topk_sae.default_lr(F, steps)
-        self.args.warmup = max(1, min(1000, steps // 10))
-        self.args.dead_after = max(1, steps * batch // 100)
+        script, cls = {"topk": ("topk_sae", "TopKSAE"), "vanilla": ("vanilla_sae", "VanillaSAE"),
+                       "gated": ("gated_sae", "GatedSAE")}[variant]
+        m = self.m = importlib.import_module(script)
+        flags = ["--batch-size", batch, "--tokens", steps * batch, "--d-sae", F, *flags]
+        flags += ["--k", k, "--auxk", d // 2] if variant == "topk" else []
+        args = self.args = m.parse_args([*map(str, flags), "--bf16" if bf16 else "--no-bf16"])
+        args.steps, args.lr = steps, lr or m.default_lr(F, steps)
+        args.warmup = max(1, min(1000, steps // 10))
+        args.dead_after = max(1, steps * batch // 100)
         torch.manual_seed(seed)
-        self.sae = topk_sae.TopKSAE(d, F, k)
-        self.opt = topk_sae.data.adam(self.sae, self.args.lr)
-        self.since = torch.zeros(F, dtype=torch.int64)
-        self.dead = torch.arange(F)[:: round(1 / dead)] if dead else self.since.nonzero()[:, 0]
-        self.forced = dead > 0
+        self.sae = getattr(m, cls)(*([d, F, k] if variant == "topk" else [d, F]))
+        self.opt, self.i, self.forced = m.data.adam(self.sae, args.lr, m.BETAS), 0, dead > 0
+        since = torch.zeros(F, dtype=torch.int64)
+        self.state = dict(tokens_since_fired=since, dead=since.nonzero()[:, 0])
+        if dead:
+            self.state["dead"] = torch.arange(F)[:: round(1 / dead)]
+        if variant != "topk":
+            args.l1_warmup = args.l1_warmup or max(1, steps // 20)
+            self.state.update(l1=torch.tensor(args.l1), active=torch.inf)
+
+    def plant(self, W, bias):
+        super().plant(W, bias)
+        self.state["active"] = 0.0                 # as after ten steps of it: sparse from the start
 
     def step(self, x):
-        lr = self.m.lr_at(self.i, self.steps, self.args)
-        self.m.train_step(self.sae, self.opt, x, self.since, self.dead, lr, self.args)
+        self.m.train_step(self.sae, self.opt, x, self.state, self.i, self.args)
         self.i += 1
         if self.i % self.m.CHECK_EVERY == 0 and not self.forced:
-            self.dead = (self.since > self.args.dead_after).nonzero()[:, 0]
+            since = self.state["tokens_since_fired"]
+            self.state["dead"] = (since > self.args.dead_after).nonzero()[:, 0]
 
     def decoder(self):
         return self.sae.W_dec.detach()
@@ -97,13 +115,19 @@ class Ours(Peer):
         return self.sae.decode(z)
 
 class DictionaryLearning(Peer):
-    """dictionary-learning 0.1.0: TopKTrainer.update; bf16 by an autocast of ours around it."""
-    def __init__(self, d, F, k, lr, steps, seed, batch, bf16, dead_after=None, dead=0.0):
+    """dictionary-learning 0.1.0: the trainers' update; bf16 by an autocast of ours around it."""
+    def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead_after=None, dead=0.0,
+                 l1=None):
         stand_in("nnsight", "circuitsvis", "circuitsvis.activations", "umap", "zstandard")
-        from dictionary_learning.trainers import TopKTrainer
-        self.trainer = TopKTrainer(
-            steps=steps, activation_dim=d, dict_size=F, k=k, layer=0, lm_name="none", seed=seed,
-            device="cpu", warmup_steps=min(1000, max(steps // 3, 1)), **({"lr": lr} if lr else {}))
+        from dictionary_learning import trainers
+        trainer = {"topk": trainers.TopKTrainer, "vanilla": trainers.StandardTrainer,
+                   "gated": trainers.GatedSAETrainer}[variant]
+        options = dict(k=k) if variant == "topk" else dict(
+            sparsity_warmup_steps=min(2000, steps // 2), **({"l1_penalty": l1} if l1 else {}))
+        self.trainer = trainer(
+            steps=steps, activation_dim=d, dict_size=F, layer=0, lm_name="none", seed=seed,
+            device="cpu", warmup_steps=min(1000, max(steps // 3, 1)), **options,
+            **({"lr": lr} if lr else {}))
         if dead_after:
             self.trainer.dead_feature_threshold = dead_after
         self.i, self.bf16, self.dead = 0, bf16, dead
@@ -114,6 +138,13 @@ class DictionaryLearning(Peer):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             self.trainer.update(self.i, x)
         self.i += 1
+
+    @torch.no_grad()
+    def plant(self, W, bias):
+        ae = self.trainer.ae
+        ae.encoder.weight.copy_(W)
+        ae.decoder.weight.copy_(W.T)
+        (ae.gate_bias if hasattr(ae, "gate_bias") else ae.encoder.bias).fill_(bias)
 
     def decoder(self):
         return self.trainer.ae.decoder.weight.T.detach()
@@ -126,14 +157,18 @@ class DictionaryLearning(Peer):
         return self.trainer.ae.decode(z)
 
 class SAELens(Peer):
-    """sae-lens 6.54: SAETrainer.fit with TopKTrainingSAE; bf16 is its own autocast."""
-    def __init__(self, d, F, k, lr, steps, seed, batch, bf16, dead_after=None, dead=0.0):
+    """sae-lens 6.54: SAETrainer.fit with its training SAEs; bf16 is its own autocast."""
+    def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead_after=None, dead=0.0,
+                 l1=None):
         import sae_lens
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
         torch.manual_seed(seed)
-        self.sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(
-            d_in=d, d_sae=F, k=k, device="cpu", dtype="float32"))
+        name = {"topk": "TopK", "vanilla": "Standard", "gated": "Gated"}[variant]
+        options = dict(k=k) if variant == "topk" else dict(l1_coefficient=l1) if l1 else {}
+        self.sae = getattr(sae_lens, f"{name}TrainingSAE")(
+            getattr(sae_lens, f"{name}TrainingSAEConfig")(
+                d_in=d, d_sae=F, device="cpu", dtype="float32", **options))
         cfg = SAETrainerConfig(
             total_training_samples=(steps + 1) * batch, train_batch_size_samples=batch,
             lr=lr or 3e-4, lr_end=lr or 3e-4, device="cpu", autocast=bf16,
@@ -165,7 +200,7 @@ class SAELens(Peer):
 
 class Sparsify(Peer):
     """eai-sparsify 1.3.3: Trainer.fit over a dummy model that emits our batch; Adam, bf16."""
-    def __init__(self, d, F, k, lr, steps, seed, batch, bf16, optimizer="adam", dead=0.0):
+    def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, optimizer="adam", dead=0.0):
         from sparsify import SparseCoderConfig, TrainConfig, Trainer
         peer = self
         class Layer(torch.nn.Module):
@@ -219,19 +254,31 @@ class Sparsify(Peer):
 
 class Overcomplete(Peer):
     """overcomplete 0.3.0: train_sae or, for bf16, train_sae_amp; without its auxiliary loss."""
-    def __init__(self, d, F, k, lr, steps, seed, batch, bf16):
+    def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, l1=1.0):
         stand_in("PIL", "torchvision", "timm", "cv2", "skimage", "matplotlib", "matplotlib.pyplot",
                  "matplotlib.colors")
         import overcomplete.sae
+        from overcomplete.sae.losses import mse_l1
         from overcomplete.sae.train import train_sae, train_sae_amp
         torch.manual_seed(seed)
-        self.sae = overcomplete.sae.TopKSAE(d, F, top_k=k)
-        mse = lambda x, x_hat, pre, z, D: (x - x_hat).square().mean()
+        if variant == "topk":
+            self.sae = overcomplete.sae.TopKSAE(d, F, top_k=k)
+            loss = lambda x, x_hat, pre, z, D: (x - x_hat).square().mean()
+        else:                   # its l1 sums over the batch, its error is a mean over D and batch
+            self.sae = overcomplete.sae.SAE(d, F)
+            loss = lambda *args: mse_l1(*args, penalty=l1 / d / batch)
         opt = torch.optim.Adam(self.sae.parameters(), lr=lr or 5e-4)
         train = train_sae_amp if bf16 else train_sae
-        self.loop = Loop(lambda batches: train(self.sae, batches, mse, opt, nb_epochs=1,
+        self.loop = Loop(lambda batches: train(self.sae, batches, loss, opt, nb_epochs=1,
                                                monitoring=0, device="cpu"))
         self.step = self.loop.step
+
+    @torch.no_grad()
+    def plant(self, W, bias):
+        linear = next(m for m in self.sae.encoder.modules() if isinstance(m, torch.nn.Linear))
+        linear.weight.copy_(W)
+        linear.bias.fill_(bias)
+        self.sae.dictionary._weights.copy_(W)
 
     def decoder(self):
         self.sae.eval()
@@ -247,6 +294,8 @@ class Overcomplete(Peer):
 
 LIBRARIES = {"ours": Ours, "dictionary-learning": DictionaryLearning, "sae-lens": SAELens,
              "sparsify": Sparsify, "overcomplete": Overcomplete}
+VARIANTS = {"topk": list(LIBRARIES), "vanilla": ["ours", "sae-lens", "dictionary-learning", "overcomplete"],
+            "gated": ["ours", "sae-lens", "dictionary-learning"]}
 
 def make(name, *args, **kw):
     return LIBRARIES[name](*args, **kw)

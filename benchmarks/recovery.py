@@ -2,6 +2,8 @@
 
     python benchmarks/recovery.py --out benchmarks/results/recovery.md     # the peers' environment
     python benchmarks/recovery.py --sweep --out benchmarks/results/lr.md   # our rule for --lr
+    python benchmarks/recovery.py --variant vanilla --out benchmarks/results/recovery-vanilla.md
+    python benchmarks/recovery.py --variant gated --out benchmarks/results/recovery-gated.md
 
 The data: 'flat' (256 features in 64 dimensions, about 5 active, F = 256, k = 5) and 'song' (Song et
 al. 2025: 32 features in 16 dimensions, exactly 3 active, F = 32, k = 3), 3000 steps of 1024 fresh
@@ -10,6 +12,11 @@ train_step with its default learning rate and AuxK; each peer through its own tr
 as peers.py says, at its default rate and at those of LRS, of which the best mean is kept.
 dictionary-learning and sae-lens also run with a latent called dead after 30,000 tokens, as ours
 does, since by default they would call one dead late (1000 steps) or never (10M tokens).
+
+With an L1 penalty (--variant vanilla, gated; 'flat' alone) sparsity is not set but swept: each peer
+runs at every rate of L1_LRS with every coefficient of L1S on the first seed, and its two best
+settings on the other seeds; the better mean is kept. Ours then runs told by --target-l0 to end at
+the L0 of each peer's best, at its default rate and at the best of the same rates on the first seed.
 
 MCC is the mean signed cosine of true and learned features under the best one-to-one matching;
 chance is that of random directions. L0, FVU and dead latents are of 65,536 held-out samples.
@@ -22,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 TASKS = {"flat": (64, 256, 5), "song": (16, 32, 3)}                              # D, F, k
 STEPS, BATCH, SEEDS = 3000, 1024, (0, 1, 2)
 LRS = (None, 3e-3, 1e-2)
+L1_LRS, L1S = (1e-3, 3e-3, 1e-2), (0.4, 0.8, 1.6, 2.4, 3.6)
 EARLY = {"dead_after": STEPS * BATCH // 100}
 ROWS = [("ours", {}), ("sae-lens", {}), ("dictionary-learning", {}), ("sparsify", {}),
         ("overcomplete", {}), ("sae-lens", EARLY), ("dictionary-learning", EARLY)]
 
-def measure(name, options, task, lr, seed):
+def measure(name, options, task, lr, seed, variant="topk"):
     """Train and score one run; in a fresh process."""
     import torch
     from scipy.optimize import linear_sum_assignment
@@ -41,7 +49,7 @@ def measure(name, options, task, lr, seed):
         cosine = (unit(source.truth.features) @ unit(W).T).nan_to_num().numpy()
         matched = cosine[linear_sum_assignment(-cosine)]
         return float(matched.mean()), float((matched > 0.95).mean())
-    sae = peers.make(name, d, F, k, lr, STEPS, seed, BATCH, False, **options)
+    sae = peers.make(name, variant, d, F, k, lr, STEPS, seed, BATCH, False, **options)
     with contextlib.redirect_stdout(io.StringIO()):
         for step in range(STEPS):
             sae.step(source.batch(step))
@@ -50,9 +58,14 @@ def measure(name, options, task, lr, seed):
     chance = mcc(torch.randn(F, d, generator=torch.Generator().manual_seed(seed + 100)))[0]
     return dict(mcc=score, above=above, chance=chance, **metrics)
 
+DONE, KEEP = {}, None               # the peers' finished runs, by job, and the file of --runs
+
 def run_all(jobs):
     """Results of the jobs, each in a process of its own, two at a time."""
     def one(job):
+        key = json.dumps(job, sort_keys=True)
+        if key in DONE:
+            return DONE[key]
         run = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)], text=True,
                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         answer = [line[6:] for line in run.stdout.splitlines() if line.startswith("RESULT")]
@@ -60,6 +73,9 @@ def run_all(jobs):
             print(f"{job} failed:\n{run.stderr[-2000:]}", file=sys.stderr)
             return None
         print(job, answer[0], flush=True)
+        if KEEP and job["name"] != "ours":
+            with open(KEEP, "a") as f:
+                f.write(json.dumps([key, json.loads(answer[0])]) + "\n")
         return json.loads(answer[0])
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, jobs))
@@ -103,6 +119,32 @@ def compare(only, tasks, lrs, seeds):
 def score(results):
     return sum(r["mcc"] for r in results) / len(results)
 
+def matched(variant, seeds):
+    """Peers over their coefficients and rates; ours at the L0 of each one's best."""
+    import peers
+    names = [name for name in peers.VARIANTS[variant] if name != "ours"]
+    job = lambda name, options, lr, seed: dict(name=name, options=options, task="flat", lr=lr,
+                                               seed=seed, variant=variant)
+    first = [job(name, {"l1": l1}, lr, seeds[0]) for name in names for lr in L1_LRS for l1 in L1S]
+    tried = [(j, r) for j, r in zip(first, run_all(first)) if r]
+    lines = [f"**{variant}, flat**: D=64, F=256", "", *HEAD]
+    for name in names:
+        best = sorted((t for t in tried if t[0]["name"] == name), key=lambda t: -t[1]["mcc"])[:2]
+        more = run_all([dict(j, seed=seed) for j, _ in best for seed in seeds[1:]])
+        n = len(seeds) - 1
+        runs = [[r, *more[i * n: (i + 1) * n]] for i, (_, r) in enumerate(best)]
+        i = max(range(len(runs)), key=lambda i: score(runs[i]))
+        j, l0 = best[i][0], sum(r["l0"] for r in runs[i]) / len(seeds)
+        lines.append(line(f"{name}, l1 {j['options']['l1']:g}", j["lr"] or "default", runs[i]))
+        ours = lambda lr, seed: job("ours", {"flags": ["--target-l0", round(l0, 2)]}, lr, seed)
+        lines.append(line("ours at that L0", "default", run_all([ours(None, s) for s in seeds])))
+        trial = run_all([ours(lr, seeds[0]) for lr in L1_LRS])
+        i = max(range(len(L1_LRS)), key=lambda i: trial[i]["mcc"])
+        more = run_all([ours(L1_LRS[i], s) for s in seeds[1:]])
+        lines.append(line("ours at that L0", L1_LRS[i], [trial[i], *more]))
+    chance = [r["chance"] for _, r in tried]
+    return lines + [f"| random directions | | {sum(chance) / len(chance):.4f} | | | | | |", ""]
+
 def sweep(seeds):
     """Our learning rate rule against fixed rates."""
     rates = (1e-3, 1.6e-3, 3e-3, 5e-3, None, 1.5e-2, 2e-2)
@@ -120,21 +162,30 @@ def sweep(seeds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="topk", choices=["topk", "vanilla", "gated"])
     parser.add_argument("--sweep", action="store_true", help="our learning rates, no peers")
     parser.add_argument("--only", nargs="+", default=[r[0] for r in ROWS], help="these libraries")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of the peers")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default 0 1 2")
+    parser.add_argument("--runs", type=Path, help="keeps the peers' finished runs: not run again")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print("RESULT" + json.dumps(measure(**json.loads(args.one))), flush=True)
         os._exit(0)
+    if args.runs:
+        global KEEP
+        KEEP = args.runs
+        DONE.update(map(json.loads, open(KEEP)) if KEEP.exists() else ())
     from speed import machine
     lines = [f"{machine()}; float32, {STEPS} steps of {BATCH}, seeds {args.seeds}", ""]
-    lines += sweep(args.seeds) if args.sweep else compare(args.only, args.tasks, args.lrs,
-                                                                     args.seeds)
+    if args.variant != "topk":
+        lines += matched(args.variant, args.seeds)
+    else:
+        lines += sweep(args.seeds) if args.sweep else compare(args.only, args.tasks, args.lrs,
+                                                              args.seeds)
     print("\n".join(lines))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

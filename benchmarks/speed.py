@@ -1,10 +1,12 @@
-"""Tokens per second of a whole TopK training step: ours beside the peers, in one run.
+"""Tokens per second of a whole training step: ours beside the peers, in one run.
 
 In the peers' environment (requirements.txt beside this file):
 
     python benchmarks/speed.py --turns 2 --steps 4 --out benchmarks/results/speed.md
     python benchmarks/speed.py --turns 2 --steps 4 --precisions bf16 --same-allocator \\
         --out benchmarks/results/speed-same-allocator.md
+    python benchmarks/speed.py --turns 2 --steps 4 --variants vanilla gated --same-allocator \\
+        --out benchmarks/results/speed-l1.md
 
 Each library runs its own training step on the same batches, set up as peers.py says, in a process
 of its own, on one thread, measured in CPU time (which other work on the machine disturbs less than
@@ -21,8 +23,13 @@ as dead at every step, which puts AuxK to work (overcomplete's loop has none). O
 allocator when it starts (data.keep_freed_memory); --same-allocator does so for all. Memory is the
 peak resident set during the steps above what the process held before the first one, weights
 included in neither; the least of the turns.
+
+With an L1 penalty the cost of our step hangs on L0. In the rows 'trained' every library holds the
+same planted solution: the features that generated the data as W_dec and W_enc, and the encoder bias
+at which 32 latents fire per token; the rate is 1e-7, so that it stays there. In the rows 'dense'
+nothing is planted: the random weights of each library's start, of which about half fire.
 """
-import argparse, datetime, json, os, platform, subprocess, sys, time
+import argparse, datetime, itertools, json, os, platform, subprocess, sys, time
 from pathlib import Path
 from statistics import median
 
@@ -32,12 +39,16 @@ SHAPES = {"small": (512, 4096, 32, 2048), "large": (768, 12288, 32, 4096)}      
 PRECISIONS = ("fp32", "fp32-onednn", "bf16")
 NAMES = ("ours", "sae-lens", "dictionary-learning", "sparsify", "overcomplete")
 ROWS = [(name, {}) for name in NAMES] + [(name, {"dead": 0.05}) for name in NAMES[:4]]
+L1_NAMES = {"vanilla": ("ours", "sae-lens", "dictionary-learning", "overcomplete"),
+            "gated": ("ours", "sae-lens", "dictionary-learning")}
+L1_ROWS = {v: [(name, {"planted": planted}) for planted in (True, False) for name in names]
+           for v, names in L1_NAMES.items()}
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) / 1024
 
-def measure(name, options, shape, precision, n, same_allocator):
+def measure(name, variant, options, shape, precision, n, same_allocator):
     """CPU seconds of n steps after two more, and peak memory in MB; runs in a fresh process."""
     import torch
     import peers
@@ -52,14 +63,20 @@ def measure(name, options, shape, precision, n, same_allocator):
     batches = [torch.nn.functional.embedding_bag(
         torch.randint(F, (B, k)), features, mode="sum", per_sample_weights=0.5 + torch.rand(B, k))
         for _ in range(4)]
+    planted = options.pop("planted", None)
+    lr = None if planted is None else 1e-7
+    sae = peers.make(name, variant, d, F, k, lr, 100_000, 0, B, precision == "bf16", **options)
+    if planted:
+        pre = batches[0][:512] @ features.T
+        sae.plant(features, -pre.flatten().kthvalue(pre.numel() - 512 * 32).values)
     del features
-    sae = peers.make(name, d, F, k, None, 100_000, 0, B, precision == "bf16", **options)
+    l0 = None if planted is None else (sae.encode(batches[0][:512]) > 0).sum().item() / 512
     before, times = memory("VmRSS"), []
     for i in range(n + 2):
         start = time.process_time()
         sae.step(batches[i % 4])
         times.append(time.process_time() - start)
-    return dict(times=times[2:], memory=memory("VmHWM") - before)
+    return dict(times=times[2:], memory=memory("VmHWM") - before, l0=l0)
 
 def commit():
     git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True,
@@ -79,6 +96,7 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=["topk"], choices=["topk", *L1_ROWS])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--turns", type=int, default=3, help="turns of each library; default 3")
@@ -92,41 +110,41 @@ def main():
         os._exit(0)                                         # the peers' loops wait for more batches
     lines = [f"{machine()}; one thread, CPU time, median of {args.turns} turns of {args.steps} "
              f"steps{', our allocator setting for all' if args.same_allocator else ''}", ""]
-    for shape in args.shapes:
-        for precision in args.precisions:
-            rows = [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
-            results = [[] for _ in rows]
-            for _ in range(args.turns):
-                for (name, options), result in zip(rows, results):
-                    job = dict(name=name, options=options, shape=shape, precision=precision,
-                               n=args.steps, same_allocator=args.same_allocator)
-                    run = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)],
-                                         capture_output=True, text=True,
-                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-                    answer = [l[6:] for l in run.stdout.splitlines() if l.startswith("RESULT")]
-                    if not answer:
-                        print(f"{name} {options} failed:\n{run.stderr[-2000:]}", file=sys.stderr)
-                        continue
-                    result.append(json.loads(answer[0]))
-            lines += table(shape, precision, rows, results)
-            print("\n".join(lines[-len(rows) - 5:]), flush=True)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("\n".join(lines) + "\n")
+    for variant, shape, precision in itertools.product(args.variants, args.shapes, args.precisions):
+        rows = L1_ROWS.get(variant) or [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
+        results = [[] for _ in rows]
+        for _ in range(args.turns):
+            for (name, options), result in zip(rows, results):
+                job = dict(name=name, variant=variant, options=options, shape=shape,
+                           precision=precision, n=args.steps, same_allocator=args.same_allocator)
+                run = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)],
+                                     capture_output=True, text=True,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"})
+                answer = [l[6:] for l in run.stdout.splitlines() if l.startswith("RESULT")]
+                if not answer:
+                    print(f"{name} {options} failed:\n{run.stderr[-2000:]}", file=sys.stderr)
+                    continue
+                result.append(json.loads(answer[0]))
+        lines += table(variant, shape, precision, rows, results)
+        print("\n".join(lines[-len(rows) - 5:]), flush=True)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("\n".join(lines) + "\n")
 
-def table(shape, precision, rows, results):
+def table(variant, shape, precision, rows, results):
     d, F, k, B = SHAPES[shape]
     speed = [B / median([t for r in result for t in r["times"]]) if result else float("nan")
              for result in results]
     memory = [min(r["memory"] for r in result) if result else float("nan") for result in results]
-    best = {dead: max([s for (name, options), s in zip(rows, speed)
-                       if name != "ours" and bool(options) == dead and s == s] or [float("nan")])
-            for dead in (False, True)}
-    lines = [f"**{shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
+    fastest = lambda same: max([s for (name, options), s in zip(rows, speed)
+                                if name != "ours" and options == same and s == s] or [float("nan")])
+    lines = [f"**{variant}, {shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
              "| | tokens/s | to the fastest peer | peak memory, MB |", "|---|--:|--:|--:|"]
-    for (name, options), s, m in zip(rows, speed, memory):
-        label = name + (", AuxK at work" if options else "")
-        lines.append(f"| {label} | {s:,.0f} | {s / best[bool(options)]:.2f} x | {m:,.0f} |")
+    for (name, options), result, s, m in zip(rows, results, speed, memory):
+        label = name + (", AuxK at work" if "dead" in options else "")
+        if "planted" in options and result:
+            label += f", {'trained' if options['planted'] else 'dense'} (L0 {result[0]['l0']:,.0f})"
+        lines.append(f"| {label} | {s:,.0f} | {s / fastest(options):.2f} x | {m:,.0f} |")
     return lines + [""]
 
 if __name__ == "__main__":

@@ -1,0 +1,312 @@
+"""Runs of every script: saving, SAELens, resume, Ctrl-C, torchrun, bad losses, every flag."""
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from conftest import ROOT, mcc
+
+PENALTY = ["--l1", 30, "--l1-warmup", 3, "--target-l0", 3, "--p-end", 0.5, "--lr", 0.03]
+TIED = ["--tied", *PENALTY, "--lr", 0.1]
+VARIANTS = {                      # script, class, architecture in SAELens, flags of toy_run
+    "topk": ("topk_sae", "TopKSAE", "topk", ["--k", 3, "--auxk", 5]),
+    "vanilla": ("vanilla_sae", "VanillaSAE", "standard", PENALTY),
+    "tied": ("vanilla_sae", "VanillaSAE", "standard", TIED),
+    "gated": ("gated_sae", "GatedSAE", "gated", PENALTY)}
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+def script(variant):
+    return importlib.import_module(VARIANTS[variant][0])
+
+def run(variant, *argv):
+    return script(variant).train(script(variant).parse_args([str(a) for a in argv]))
+
+def toy_flags(variant):
+    return ["--model", "toy", "--toy", "song", "--d-sae", 200, "--batch-size", 64, "--tokens",
+            64 * 30, "--dead-after", 64 * 3, "--no-bf16", "--log-every", 10, *VARIANTS[variant][3]]
+
+def toy_run(variant, out, *argv):
+    """30 steps on the toy 'song', so wide that many latents count as dead at any time. Where there
+    is a penalty, codes are dense at first and sparse at the end."""
+    return run(variant, *toy_flags(variant), "--out", out, *argv)
+
+def equal(a, b):
+    return [n for n, p in a.named_parameters() if not torch.equal(p, b.get_parameter(n))] == []
+
+# --- saving ---------------------------------------------------------------------------------------
+
+@each_variant
+def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
+    """Saved and loaded, the SAE gives on raw x what training saw on x' = (x - mean) * scale."""
+    path, _ = array
+    m, cls, architecture, flags = script(variant), *VARIANTS[variant][1:]
+    argv = ["--activations", path, "--d-sae", 32, "--tokens", 50_000, "--no-bf16", "--batch-size",
+            256, "--out", tmp_path / "run", *(["--k", 3] if variant == "topk" else [])]
+    argv += ["--tied"] if variant == "tied" else []
+    sae = run(variant, *argv)
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)["sae"]
+    source = data.open_source(m.parse_args([str(a) for a in argv]), torch.device("cpu"))
+    assert abs(source.mean.norm() - 120) < 10 and source.scale < 0.5           # far from 0 and 1
+    inner = getattr(m, cls)(16, 32, **({"topk": dict(k=3), "tied": dict(tied=True)}.get(variant, {})))
+    inner.load_state_dict(state)
+    x = torch.from_numpy(np.load(path)[:500])
+    scaled = (x - source.mean) * source.scale
+    for outer in (sae, m.load(tmp_path / "run")):
+        assert torch.allclose(outer.encode(x) * source.scale, inner.encode(scaled), atol=1e-4)
+        assert torch.allclose(outer(x), inner(scaled) / source.scale + source.mean, atol=1e-3)
+        assert torch.allclose(outer.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
+    shapes = {n: tuple(t.shape) for n, t in data.load_sae(tmp_path / "run")[1].items()}
+    biases = ["b_gate", "b_mag", "r_mag"] if variant == "gated" else ["b_enc"]
+    assert shapes == dict({b: (32,) for b in biases}, W_enc=(16, 32), W_dec=(32, 16), b_dec=(16,))
+    cfg = json.loads((tmp_path / "run/cfg.json").read_text())
+    assert cfg["architecture"] == architecture and cfg["d_in"] == 16
+    assert cfg["metadata"]["results"]["l0"] > 0
+
+@pytest.mark.parametrize("variant", ["topk", "vanilla", "gated"])
+def test_user_array_recovers_its_features(variant, array, tmp_path):
+    path, toy = array
+    flags = ["--d-sae", 32, "--k", 3] if variant == "topk" else ["--d-sae", 64, "--target-l0", 3.5]
+    sae = run(variant, "--activations", path, "--tokens", 1e6, "--batch-size", 512, "--out",
+              tmp_path / "run", *flags)
+    assert mcc(toy.features, sae.W_dec) >= (0.9 if variant == "gated" else 0.95)
+
+@each_variant
+def test_saelens_agrees(variant, array, tmp_path):
+    """SAELens loads the run directory and gives the same codes and reconstructions to 1e-5."""
+    if not find_spec("sae_lens"):
+        return                                 # benchmarks/results/saelens.txt records runs of it
+    from sae_lens import SAE
+    path, _ = array
+    flags = {"topk": ["--k", 3], "tied": ["--tied"]}.get(variant, [])
+    run(variant, "--activations", path, "--d-sae", 32, "--tokens", 50_000, "--batch-size", 256,
+        "--out", tmp_path / "run", *flags)
+    theirs, ours = SAE.load_from_disk(tmp_path / "run"), script(variant).load(tmp_path / "run")
+    x = torch.from_numpy(np.load(path)[:500])
+    with torch.no_grad():
+        z = theirs.encode(x)
+        assert z.count_nonzero() > 500
+        assert torch.allclose(z, ours.encode(x), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(theirs.decode(z), ours(x), rtol=1e-5, atol=1e-5)
+    assert theirs.cfg.architecture() == VARIANTS[variant][2]
+
+@each_variant
+def test_memory_layout_and_dtype_survive_training(variant, tmp_path):
+    """W_enc is [D, F] but lies in memory as F rows of D, which the sparse gradients rely on; bf16 is
+    for matmuls, parameters stay float32."""
+    sae = toy_run(variant, tmp_path / "run", "--bf16")
+    assert all(p.dtype == torch.float32 for p in sae.parameters())
+    if variant != "tied":
+        assert sae.W_enc.shape == (16, 200) and sae.W_enc.T.is_contiguous()
+
+# --- interruptions --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bf16", ["--no-bf16", "--bf16"])
+@each_variant
+def test_resumed_equals_uninterrupted(variant, bf16, tmp_path, monkeypatch, capsys):
+    """Stopped between steps (as by Ctrl-C) and resumed, a run ends at the very same bits."""
+    whole = toy_run(variant, tmp_path / "whole", bf16)
+    real, calls = script(variant).train_step, []
+    def step(*a, **kw):
+        calls.append(1)
+        if len(calls) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*a, **kw)
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
+        m.setattr(script(variant), "train_step", step)
+        toy_run(variant, tmp_path / "cut", bf16)
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 20
+    assert not (tmp_path / "cut/cfg.json").exists()
+    assert equal(whole, toy_run(variant, tmp_path / "cut", bf16, "--resume"))
+    read = lambda run: [{k: v for k, v in json.loads(line).items() if k != "tok_s"}
+                        for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+    assert read("whole") == read("cut")
+    if variant != "topk":
+        saved = torch.load(tmp_path / "whole/state.pt", weights_only=True)["state"]
+        assert saved["sparse"] and float(saved["p"][0]) == 0.5     # as for step 0 it never is
+
+@each_variant
+def test_resumes_from_a_save_between_checks(variant, tmp_path, monkeypatch):
+    """Killed without warning after step 17: the save of step 14, between two checks, is exact."""
+    whole = toy_run(variant, tmp_path / "whole")
+    real, calls = script(variant).train_step, []
+    def step(*a, **kw):
+        calls.append(1)
+        if len(calls) == 18:
+            raise MemoryError
+        return real(*a, **kw)
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(script(variant), "train_step", step)
+        toy_run(variant, tmp_path / "cut", "--save-every", 7, "--log-every", 1)
+    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 14
+    again = lambda: toy_run(variant, tmp_path / "cut", "--resume", "--save-every", 7, "--log-every", 1)
+    assert equal(whole, again())
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "cut/metrics.jsonl")]
+    assert steps == list(range(1, 31))
+    with open(tmp_path / "cut/metrics.jsonl", "a") as f:
+        f.write('{"step": 31, "lo')                                      # as a full disk leaves it
+    assert equal(whole, again())                                         # finished: nothing to do
+
+def test_ctrl_c_on_the_command_line(tmp_path):
+    argv = ["topk_sae.py", "--model", "toy", "--k", "5", "--tokens", "1e9", "--log-every", "10",
+            "--out", str(tmp_path / "run")]
+    run = subprocess.Popen([sys.executable, *argv], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+    for line in run.stdout:
+        if line.startswith("step"):
+            break
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in err
+    assert f"--resume --out {tmp_path / 'run'}" in out and (tmp_path / "run/state.pt").exists()
+
+@each_variant
+def test_two_processes_equal_one(variant, tmp_path):
+    """torchrun with two processes gives the weights of one process at the same global batch. (p ends
+    at .9 here: the gradient of z^.5 at z = 0 makes 1e-4 of the 1e-8 by which sums round apart.)"""
+    argv = [str(a) for a in [*toy_flags(variant), "--tokens", 64 * 25, "--device", "cpu",
+                             "--log-every", 5, *([] if variant == "topk" else ["--p-end", 0.9])]]
+    job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                          "--standalone", VARIANTS[variant][0] + ".py", *argv, "--out",
+                          tmp_path / "two"], cwd=ROOT, text=True, capture_output=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert job.returncode == 0, job.stderr
+    one, two = run(variant, *argv, "--out", tmp_path / "one"), script(variant).load(tmp_path / "two")
+    for n, p in two.named_parameters():
+        if n != "W_enc" or variant != "tied":
+            other = one.get_parameter(n) if n != "b_dec" else one.b_dec
+            assert torch.allclose(p, other, atol=1e-4), (n, (p - other).abs().max())
+    logs = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+            for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 5
+    assert variant != "topk" or logs[0][-1]["aux"] > 0                       # AuxK took part
+    for a, b in zip(*logs):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a if k != "tok_s")
+    assert job.stdout.count("held out") == 1
+
+@each_variant
+def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monkeypatch, one_line):
+    real = data.ToySource.batch
+    def batch(self, step):
+        x = real(self, step)
+        return x * float("nan") if step == 15 else x
+    monkeypatch.setattr(data.ToySource, "batch", batch)
+    one_line(lambda: toy_run(variant, tmp_path / "run"), "not finite", "step 20", "--lr")
+    saved = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    tensors = [*saved["sae"].values(), *(t for s in saved["opt"]["state"].values() for t in s.values()),
+               *(t for t in saved["state"].values() if torch.is_tensor(t))]
+    assert all(t.isfinite().all() for t in tensors)
+
+@each_variant
+def test_compile_changes_nothing_but_speed(variant, tmp_path, monkeypatch, one_line):
+    if not any(map(shutil.which, data.COMPILERS)):              # then only that it says so
+        return one_line(lambda: toy_run(variant, tmp_path / "b", "--compile"), "--compile", "compiler")
+    with monkeypatch.context() as m:
+        m.setattr(data, "COMPILERS", ["no-such-compiler"])
+        one_line(lambda: toy_run(variant, tmp_path / "c", "--compile"), "--compile", "compiler")
+    flags = {"topk": [], "gated": ["--p-end", 1]}.get(variant, ["--p-end", 0.9])    # see above
+    plain = toy_run(variant, tmp_path / "a", *flags)
+    compiled = toy_run(variant, tmp_path / "b", *flags, "--compile")
+    for n, p in plain.named_parameters():
+        assert torch.allclose(p, compiled.get_parameter(n), atol=1e-4), n
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@each_variant
+def test_no_host_synchronisation_in_a_step(variant):
+    """CUDA reports any wait of the host for the device; steps between two checks have none."""
+    torch.manual_seed(0)
+    m, flags = script(variant), ["--batch-size", 512, "--d-sae", 8192, "--bf16"]
+    flags += ["--k", 8, "--auxk", 8] if variant == "topk" else []
+    args = m.parse_args([str(a) for a in flags])
+    args.steps, args.lr, args.warmup, args.l1_warmup = 100, 1e-3, 1, 1
+    options = {"topk": dict(k=8), "tied": dict(tied=True)}.get(variant, {})
+    sae, x = getattr(m, VARIANTS[variant][1])(64, 8192, **options).cuda(), torch.randn(512, 64).cuda()
+    opt = data.adam(sae, 1e-3, m.BETAS)
+    state = dict(tokens_since_fired=torch.zeros(8192, dtype=torch.int64, device="cuda"),
+                 dead=torch.arange(4000, device="cuda"), l1=torch.tensor(1.0, device="cuda"), active=9.0)
+    m.train_step(sae, opt, x, state, 0, args)                              # allocations, libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (1, 2, 3):
+            m.train_step(sae, opt, x, state, step, args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("variant", ["topk", "vanilla", "gated"])
+def test_cuda_run_finds_the_features(variant, array, tmp_path):
+    path, toy = array
+    flags = ["--d-sae", 32, "--k", 3] if variant == "topk" else ["--d-sae", 64, "--target-l0", 3.5]
+    sae = run(variant, "--activations", path, "--tokens", 1e6, "--batch-size", 512, "--device",
+              "cuda", "--out", tmp_path / "run", *flags)
+    assert mcc(toy.features, sae.W_dec.cpu()) >= (0.9 if variant == "gated" else 0.95)
+
+# --- flags ----------------------------------------------------------------------------------------
+
+CHANGES = {                       # flags that change the weights of toy_run, and a value that does
+    "toy": "song:1", "d_sae": 190, "tokens": 64 * 25, "batch_size": 32, "lr": 1e-3, "warmup": 9,
+    "dead_after": 64, "seed": 1, "bf16": None, "k": 2, "auxk": 2, "auxk_alpha": 0.5,
+    "l1": 5, "l1_warmup": 20, "target_l0": 20, "p_end": 0.3}
+ELSEWHERE = {                     # flags whose effect another test shows
+    "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
+    "out", "resume", "compile", "log_every", "save_every", "tied"}
+ONLY_LOGGED = {"dead_after"}      # where no AuxK acts on the dead
+
+def flags_of(variant):
+    return set(vars(script(variant).parse_args([])))
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    outs = {v: tmp_path_factory.mktemp("base") / v for v in VARIANTS}
+    return {v: (toy_run(v, outs[v]), outs[v]) for v in VARIANTS}
+
+@pytest.mark.parametrize("variant, flag", [(v, f) for v in VARIANTS for f in CHANGES
+                                           if f in flags_of(v)])
+def test_flag_takes_effect(variant, flag, base, tmp_path):
+    value = CHANGES[flag]
+    sae = toy_run(variant, tmp_path / "run", "--" + flag.replace("_", "-"),
+                  *([] if value is None else [value]))
+    same = [torch.equal(p, sae.get_parameter(n)) for n, p in base[variant][0].named_parameters()
+            if p.shape == sae.get_parameter(n).shape]
+    if flag in ONLY_LOGGED and variant != "topk":
+        dead = lambda out: [json.loads(line)["dead"] for line in open(out / "metrics.jsonl")]
+        assert all(same) and dead(base[variant][1]) != dead(tmp_path / "run")
+    else:
+        assert not all(same) or len(same) < len(list(sae.parameters()))
+
+@each_variant
+def test_log_every_and_its_keys(variant, base, tmp_path):
+    toy_run(variant, tmp_path / "run", "--log-every", 1)
+    lines = lambda out: (out / "metrics.jsonl").read_text().splitlines()
+    assert len(lines(base[variant][1])) == 3 and len(lines(tmp_path / "run")) == 30
+    own = {"topk": ["mse", "aux"], "gated": ["mse", "penalty", "aux", "l1", "gate_l0"]}
+    assert list(json.loads(lines(base[variant][1])[0])) == [
+        "step", "tokens", "loss", *own.get(variant, ["mse", "penalty", "l1"]), "fvu", "l0", "dead",
+        "lr", "tok_s"]
+
+def test_every_flag_is_tested():
+    for variant in VARIANTS:
+        assert flags_of(variant) <= set(CHANGES) | ELSEWHERE
+
+def test_defaults_follow_their_rules():
+    from topk_sae import default_lr, lr_at
+    assert default_lr(2 ** 14, 10 ** 6) == 2e-4
+    assert default_lr(2 ** 12, 10 ** 6) == pytest.approx(4e-4)
+    assert default_lr(2 ** 14, 25_000) == pytest.approx(4e-4)
+    assert default_lr(2 ** 14, 1000) == pytest.approx(1.2e-3)
+    assert default_lr(32, 1000) == 0.01
+    args = Namespace(lr=1.0, warmup=10, steps=100)
+    lrs = [lr_at(s, args) for s in range(100)]
+    assert lrs[0] == 0.1 and lrs[9] == lrs[50] == lrs[80] == 1 and lrs[90] == 0.5 and lrs[99] == 0.05

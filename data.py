@@ -295,6 +295,8 @@ def load_state(args, source, sae, opt, state):
         old, mean = saved["flags"], saved["mean"]
     except Exception as err:
         fail(f"--resume: {args.out / 'state.pt'} is damaged ({first_line(err)})")
+    if set(old) != set(flags(args)) or set(saved["sae"]) != set(sae.state_dict()):
+        fail(f"--resume: {args.out} is a run of another script; choose another --out")
     for name, value in flags(args).items():
         if name not in FREE_TO_CHANGE and old.get(name) != value:
             flag = "--" + name.replace("_", "-")

@@ -9,6 +9,27 @@ Rajamanoharan et al. 2024, 'Improving dictionary learning with gated sparse auto
     x_hat   = z @ W_dec + b_dec                           [B, D], rows of W_dec have norm 1
     aux_hat = relu(gate) @ sg(W_dec) + sg(b_dec)          sg: no gradient
     loss    = mean_B |x - x_hat|^2 + l1 * mean_B sum_F relu(gate) + mean_B |x - aux_hat|^2
+    --p-end, --target-l0: as in vanilla_sae.py, the former with relu(gate) in place of z
+
+The penalty shrinks the gate alone, so that magnitudes, and x_hat, are not biased towards 0.
+Departures from the paper (its pseudo-code was read, some of its formulas were not legible):
+  - Input is centred and scaled, the error summed over D: l1 is D * scale times lambda.
+  - Dead latents are not resampled: hardly any die on a language model (README). Where a toy has as
+    many features as there are latents, 1 to 5 % do, and stay unfound.
+  - l1 warms up; the rate follows default_lr (paper: 3e-4), warms up and decays; gradients are
+    clipped to norm 1. The paper does not give its start: here biases and r_mag 0, W_enc = W_dec.T.
+  - With --p-end, Adam's beta1 stays 0, as in the code of Karvonen et al.; their table says 0.9.
+Where other code differs (as read in the installed packages):
+  - SAELens 6.54.12 lets the auxiliary loss train W_dec and b_dec, and multiplies the penalty by the
+    norms of W_dec's rows, which are free; beta1 is 0.9. On freezing see tests/test_l1.py: it lowers
+    fvu when there are more latents than features, and raises it, by dead latents, when as many.
+  - dictionary_learning 0.1.0 has this loss; its rate is 5e-5, its l1 0.1 for x with E|x|^2 = 1
+    (here sqrt(D) times that); the resampling in its trainer for p-annealing does nothing.
+
+    python gated_sae.py --layer 6                                    # a language model, 2 CPU cores
+    python gated_sae.py --model toy --toy flat --d-sae 512           # data with known features
+    python gated_sae.py --activations X.npy --target-l0 5            # your own array [N, D]
+    torchrun --nproc-per-node 8 gated_sae.py --layer 6 --tokens 1e8 --batch-size 16384
 """
 import argparse
 from pathlib import Path
@@ -147,10 +168,11 @@ class Decode(torch.autograd.Function):
 
 # [shared: positive]
 def positive(sae, x, W_enc, bias, state):
-    """pre = (x - b_dec) @ W_enc + bias where it is positive: the entries [n], their Active, and 1.
-    While they are many, dense operations are faster: then all of pre [B, F], None, and 1."""
+    """pre = (x - b_dec) @ W_enc + bias where it is positive: entries [n], their Active, and 1,
+    or 0 if CUDA has no room for so many before the next check. While they are too many to gain from
+    it: all of pre [B, F], None, and 1."""
     if not state["sparse"]:
-        zero = (sae.b_dec.detach() - sae.b_dec) @ W_enc       # whose gradient is that of b_dec
+        zero = (sae.b_dec.detach() - sae.b_dec) @ W_enc.detach()    # its gradient is b_dec's
         return F.linear(x - sae.b_dec.detach(), W_enc.T, bias + zero), None, 1
     with torch.no_grad():
         pre = F.linear(x - sae.b_dec, W_enc.T, bias).flatten()                # may be bf16
@@ -179,7 +201,8 @@ def loss_fn(sae, x, state, args):
     """Loss of a batch x [B, D], its terms, how often each latent fired [F]."""
     gate, active, fits = positive(sae, x, sae.W_enc, sae.b_gate, state)
     at = lambda b: b.to(gate.dtype) if active is None else b.index_select(0, active.col)
-    mag = at(sae.r_mag.exp()) * (gate - at(sae.b_gate)) + at(sae.b_mag)
+    s = gate - at(sae.b_gate)
+    mag = at(sae.r_mag.exp()) * s + at(sae.b_mag)
     z, gate = (gate > 0) * mag.relu(), gate.relu()            # (n,) or (B, F)
     x_hat = decode(z, active, sae.W_dec) + sae.b_dec          # (B, D)
     aux_hat = decode(gate, active, sae.W_dec.detach()) + sae.b_dec.detach()
@@ -200,8 +223,8 @@ def penalties(z, x, state):
 
 def p_at(step, args):
     """1 for 40 % of the steps, then linearly falling, --p-end from 70 % on."""
-    t = min(1, max(0, step / args.steps - 0.4) / 0.3)
-    return round(1 - t * (1 - args.p_end), 9)
+    t = min(1, max(0, (step - 0.4 * args.steps) / (0.3 * args.steps)))
+    return 1 - t + t * args.p_end
 # [/shared: penalty]
 
 # --- training -------------------------------------------------------------------------------------
@@ -222,10 +245,10 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     # [shared: before]
     if step % CHECK_EVERY == 0:                                          # but here
         active = float(state["active"])                                  # per token
-        state["sparse"] = active < args.d_sae / 32
+        state["sparse"] = active < args.d_sae / 20           # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
-    p, p_next = p_at(step, args), p_at(step + 1, args)
-    state["p"] = None if p_next == 1 else (x.new_full((), p), x.new_full((), p_next))
+    p_now, p_next = p_at(step, args), p_at(step + 1, args)
+    state["p"] = None if p_next == 1 else (x.new_full((), p_now), x.new_full((), p_next))
     state["weight"] = state["l1"] * min(1, (step + 1) / args.l1_warmup)
     # [/shared: before]
     # [shared: step]
@@ -239,7 +262,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         if sae.unit_norm:                                              # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        opt.found_inf = (~norm.isfinite()).float()     # 1 makes fused Adam leave the weights alone
+        opt.found_inf = data.all_reduce((~(norm + loss).isfinite()).float(), "max")   # 1: no update
         group["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
@@ -251,13 +274,15 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # [shared: after]
-    now, then, l0 = data.all_reduce(
-        torch.stack([terms["penalty"], terms.pop("rematch"), terms["l0"]]))
-    state["l1"] = state["l1"] * ((now + EPS) / (then + EPS)).nan_to_num(1, 1, 1)
+    now, then, l0 = data.all_reduce(torch.stack(
+        [terms["penalty"], terms.pop("rematch"), terms["l0"]])).clamp_min(EPS)
+    l1 = state["l1"] * now / then
     if args.target_l0 and 0.3 * args.steps <= step < 0.8 * args.steps:
         steer = (l0 / args.target_l0).clamp(0.5, 2) ** (40 / args.steps) * l0 / state["last_l0"]
-        state["l1"] *= steer.nan_to_num(1, 1, 1).clamp(0.8, 1.25)
-    state["last_l0"], state["active"] = l0, terms.get("gate_l0", terms["l0"])
+        l1 *= steer.clamp(0.8, 1.25)
+    new = dict(l1=l1, last_l0=l0, active=terms.get("gate_l0", terms["l0"]))
+    for name in new:                                               # but not from a bad batch
+        state[name] = torch.where(opt.found_inf > 0, state.get(name, new[name]), new[name])
     # [/shared: after]
     return terms
 
@@ -274,6 +299,8 @@ def train(args):
     torch.manual_seed(args.seed)
     # [/shared: start]
     args.l1_warmup = args.l1_warmup or max(1, args.steps // 20)
+    if args.target_l0 and (args.target_l0 > args.d_sae or not args.l1):
+        data.fail(f"--target-l0: needs to be at most --d-sae {args.d_sae}, and --l1 above 0")
     sae = GatedSAE(D, args.d_sae).to(device)
     data.run_dir(args, "gated")
     state = dict(l1=torch.tensor(args.l1, device=device), active=torch.inf)

@@ -18,8 +18,8 @@ Departures from the paper (we had the authors' code and notes on the paper, not 
   - A latent is dead after 1 % of the run's tokens if that is less than the paper's 10M; the list is
     renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
   - W_enc starts as W_dec.T, not rescaled; rows of W_dec get norm 1 after the step, not before it.
-  - The rate follows default_lr, warms up and decays; Adam's eps is 1e-8; weights are not averaged.
-  - Gradients are clipped to norm 1, which on our D-fold loss is nearly always; auxk is D // 2.
+  - The rate follows default_lr, warms up and decays; Adam's eps is 1e-8; weights are not averaged;
+    gradients are clipped to norm 1, which on our D-fold loss is nearly always; auxk is D // 2.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
     python topk_sae.py --model toy --toy song --k 3 --d-sae 32    # data with known features
@@ -184,8 +184,9 @@ def loss_fn(sae, x, state, args):
     z = Encode.apply(vals.flatten(), active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()
     x_hat = Decode.apply(z, active, sae.W_dec) + sae.b_dec                   # (B, D)
     mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
-    dead = state["dead"] if args.auxk_alpha else ()
-    aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, args) if len(dead) else mse.new_zeros(())
+    dead, aux = state["dead"], torch.zeros_like(mse)
+    if len(dead) and args.auxk_alpha:
+        aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, args)
     loss = mse + args.auxk_alpha * x.shape[1] * aux
     terms = dict(loss=loss, mse=mse, aux=aux, l0=(z > 0).sum() / len(x))
     return loss, terms, active.t_sum((z > 1e-3).float())
@@ -229,7 +230,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         if sae.unit_norm:                                              # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        opt.found_inf = (~norm.isfinite()).float()     # 1 makes fused Adam leave the weights alone
+        opt.found_inf = data.all_reduce((~(norm + loss).isfinite()).float(), "max")   # 1: no update
         group["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
@@ -257,9 +258,8 @@ def train(args):
     args.auxk = args.auxk or D // 2
     if args.k > args.d_sae:
         data.fail(f"--k {args.k}: larger than --d-sae {args.d_sae}")
-    sae = TopKSAE(D, args.d_sae, args.k).to(device)
+    sae, state = TopKSAE(D, args.d_sae, args.k).to(device), {}
     data.run_dir(args, "topk")
-    state = {}
     # [shared: loop]
     opt, first = data.adam(sae, args.lr, BETAS), 0
     state["tokens_since_fired"] = torch.zeros(args.d_sae, dtype=torch.int64, device=device)

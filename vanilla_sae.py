@@ -9,18 +9,19 @@ Bricken et al. 2023, 'Towards Monosemanticity', Transformer Circuits; --tied: Cu
     --tied         W_dec = W / |W| by rows, W_enc = W_dec.T, b_dec = 0; W and b_enc are trained
     --p-end P      sum_F z^p in place of sum_F z: p falls from 1 to P, and whenever it does
                    l1 <- l1 * sum z^p_old / sum z^p_new, so that the penalty stays what it was
-    --target-l0 L  l1 <- l1 * (l0 / L)^(40 / steps) * l0 / l0_before, from 30 to 80 % of the run
+    --target-l0 L  l1 <- l1 * (l0 / L)^(40 / steps) * l0 / l0_before (bounded), from 30 to 80 %
 
 Departures from the papers (of Bricken et al. we read a translation):
   - Input is centred and scaled, and so b_dec starts at the mean, not the geometric median. The
-    error is summed over D: l1 is D times the coefficient of the first two. Karvonen et al. do not
-    square the error; we do, as everywhere here.
-  - Dead latents are not resampled: hardly any die (README) with centred data, W_enc starting at
+    error is summed over D: l1 is D * scale (printed at the start) times the coefficient of the
+    first two. Karvonen et al. do not square the error; we do, as everywhere here.
+  - Dead latents are not resampled: hardly any die (README), with centred data, W_enc starting at
     W_dec.T and a linear warm-up of l1, the last two as in Anthropic's update of April 2024.
-  - The rate follows default_lr, warms up and decays; gradients are clipped to norm 1.
-  - p moves at every step from 40 to 70 % of the run and ends at P (theirs in jumps, of which the
-    last never comes); l1 is re-matched on the batch at hand (theirs on the last ten); z^p is
-    (z + EPS)^p - EPS^p, since the gradient of z^p at 0 is infinite.
+  - The rate follows default_lr, warms up and decays; gradients are clipped to norm 1. (With --tied,
+    Cunningham et al.: 1e-3 throughout, no warm-up of l1, no clipping.)
+  - p moves at every step from 40 to 70 % of the run and ends at P (theirs in jumps from 27 % to the
+    end, of which the last never comes); l1 is re-matched on the batch at hand (theirs on the last
+    ten); z^p is (z + EPS)^p - EPS^p: its gradient at 0 is infinite. --target-l0 is ours.
 
     python vanilla_sae.py --layer 6                                  # a language model, 2 CPU cores
     python vanilla_sae.py --model toy --toy flat --d-sae 256         # data with known features
@@ -84,7 +85,9 @@ class VanillaSAE(nn.Module):
         self.unit_norm = not tied                             # train_step keeps rows of W_dec so
         W = F.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
-        if not tied:
+        if tied:
+            nn.init.xavier_uniform_(self.W_dec)               # as Cunningham et al.
+        else:
             self.W_enc = nn.Parameter(W.clone().T)            # (D, F), in memory F rows of D
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         b_dec = torch.zeros(d_in)
@@ -171,10 +174,11 @@ class Decode(torch.autograd.Function):
 
 # [shared: positive]
 def positive(sae, x, W_enc, bias, state):
-    """pre = (x - b_dec) @ W_enc + bias where it is positive: the entries [n], their Active, and 1.
-    While they are many, dense operations are faster: then all of pre [B, F], None, and 1."""
+    """pre = (x - b_dec) @ W_enc + bias where it is positive: entries [n], their Active, and 1,
+    or 0 if CUDA has no room for so many before the next check. While they are too many to gain from
+    it: all of pre [B, F], None, and 1."""
     if not state["sparse"]:
-        zero = (sae.b_dec.detach() - sae.b_dec) @ W_enc       # whose gradient is that of b_dec
+        zero = (sae.b_dec.detach() - sae.b_dec) @ W_enc.detach()    # its gradient is b_dec's
         return F.linear(x - sae.b_dec.detach(), W_enc.T, bias + zero), None, 1
     with torch.no_grad():
         pre = F.linear(x - sae.b_dec, W_enc.T, bias).flatten()                # may be bf16
@@ -220,8 +224,8 @@ def penalties(z, x, state):
 
 def p_at(step, args):
     """1 for 40 % of the steps, then linearly falling, --p-end from 70 % on."""
-    t = min(1, max(0, step / args.steps - 0.4) / 0.3)
-    return round(1 - t * (1 - args.p_end), 9)
+    t = min(1, max(0, (step - 0.4 * args.steps) / (0.3 * args.steps)))
+    return 1 - t + t * args.p_end
 # [/shared: penalty]
 
 # --- training -------------------------------------------------------------------------------------
@@ -242,10 +246,10 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     # [shared: before]
     if step % CHECK_EVERY == 0:                                          # but here
         active = float(state["active"])                                  # per token
-        state["sparse"] = active < args.d_sae / 32
+        state["sparse"] = active < args.d_sae / 20           # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
-    p, p_next = p_at(step, args), p_at(step + 1, args)
-    state["p"] = None if p_next == 1 else (x.new_full((), p), x.new_full((), p_next))
+    p_now, p_next = p_at(step, args), p_at(step + 1, args)
+    state["p"] = None if p_next == 1 else (x.new_full((), p_now), x.new_full((), p_next))
     state["weight"] = state["l1"] * min(1, (step + 1) / args.l1_warmup)
     # [/shared: before]
     # [shared: step]
@@ -259,7 +263,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         if sae.unit_norm:                                              # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        opt.found_inf = (~norm.isfinite()).float()     # 1 makes fused Adam leave the weights alone
+        opt.found_inf = data.all_reduce((~(norm + loss).isfinite()).float(), "max")   # 1: no update
         group["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
@@ -271,13 +275,15 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # [shared: after]
-    now, then, l0 = data.all_reduce(
-        torch.stack([terms["penalty"], terms.pop("rematch"), terms["l0"]]))
-    state["l1"] = state["l1"] * ((now + EPS) / (then + EPS)).nan_to_num(1, 1, 1)
+    now, then, l0 = data.all_reduce(torch.stack(
+        [terms["penalty"], terms.pop("rematch"), terms["l0"]])).clamp_min(EPS)
+    l1 = state["l1"] * now / then
     if args.target_l0 and 0.3 * args.steps <= step < 0.8 * args.steps:
         steer = (l0 / args.target_l0).clamp(0.5, 2) ** (40 / args.steps) * l0 / state["last_l0"]
-        state["l1"] *= steer.nan_to_num(1, 1, 1).clamp(0.8, 1.25)
-    state["last_l0"], state["active"] = l0, terms.get("gate_l0", terms["l0"])
+        l1 *= steer.clamp(0.8, 1.25)
+    new = dict(l1=l1, last_l0=l0, active=terms.get("gate_l0", terms["l0"]))
+    for name in new:                                               # but not from a bad batch
+        state[name] = torch.where(opt.found_inf > 0, state.get(name, new[name]), new[name])
     # [/shared: after]
     return terms
 
@@ -294,6 +300,8 @@ def train(args):
     torch.manual_seed(args.seed)
     # [/shared: start]
     args.l1_warmup = args.l1_warmup or max(1, args.steps // 20)
+    if args.target_l0 and (args.target_l0 > args.d_sae or not args.l1):
+        data.fail(f"--target-l0: needs to be at most --d-sae {args.d_sae}, and --l1 above 0")
     sae = VanillaSAE(D, args.d_sae, args.tied).to(device)
     data.run_dir(args, "tied" if args.tied else "vanilla")
     state = dict(l1=torch.tensor(args.l1, device=device), active=torch.inf)

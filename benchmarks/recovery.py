@@ -2,7 +2,8 @@
 
     python benchmarks/recovery.py --out benchmarks/results/recovery.md     # the peers' environment
     python benchmarks/recovery.py --sweep --out benchmarks/results/lr.md   # our rule for --lr
-    python benchmarks/recovery.py --variant vanilla --out benchmarks/results/recovery-vanilla.md
+    python benchmarks/recovery.py --variant vanilla --lrs 3e-3 1e-2 --l1s 0.4 0.8 1.6 \\
+        --out benchmarks/results/recovery-vanilla.md
     python benchmarks/recovery.py --variant gated --out benchmarks/results/recovery-gated.md
 
 The data: 'flat' (256 features in 64 dimensions, about 5 active, F = 256, k = 5) and 'song' (Song et
@@ -14,7 +15,7 @@ dictionary-learning and sae-lens also run with a latent called dead after 30,000
 does, since by default they would call one dead late (1000 steps) or never (10M tokens).
 
 With an L1 penalty (--variant vanilla, gated; 'flat' alone) sparsity is not set but swept: each peer
-runs at every rate of L1_LRS with every coefficient of L1S on the first seed, and its two best
+runs at every rate of --lrs with every coefficient of --l1s on the first seed, and its two best
 settings on the other seeds; the better mean is kept. Ours then runs told by --target-l0 to end at
 the L0 of each peer's best, at its default rate and at the best of the same rates on the first seed.
 
@@ -119,13 +120,13 @@ def compare(only, tasks, lrs, seeds):
 def score(results):
     return sum(r["mcc"] for r in results) / len(results)
 
-def matched(variant, seeds):
+def matched(variant, seeds, lrs, l1s):
     """Peers over their coefficients and rates; ours at the L0 of each one's best."""
     import peers
     names = [name for name in peers.VARIANTS[variant] if name != "ours"]
     job = lambda name, options, lr, seed: dict(name=name, options=options, task="flat", lr=lr,
                                                seed=seed, variant=variant)
-    first = [job(name, {"l1": l1}, lr, seeds[0]) for name in names for lr in L1_LRS for l1 in L1S]
+    first = [job(name, {"l1": l1}, lr, seeds[0]) for name in names for lr in lrs for l1 in l1s]
     tried = [(j, r) for j, r in zip(first, run_all(first)) if r]
     lines = [f"**{variant}, flat**: D=64, F=256", "", *HEAD]
     for name in names:
@@ -138,10 +139,10 @@ def matched(variant, seeds):
         lines.append(line(f"{name}, l1 {j['options']['l1']:g}", j["lr"] or "default", runs[i]))
         ours = lambda lr, seed: job("ours", {"flags": ["--target-l0", round(l0, 2)]}, lr, seed)
         lines.append(line("ours at that L0", "default", run_all([ours(None, s) for s in seeds])))
-        trial = run_all([ours(lr, seeds[0]) for lr in L1_LRS])
-        i = max(range(len(L1_LRS)), key=lambda i: trial[i]["mcc"])
-        more = run_all([ours(L1_LRS[i], s) for s in seeds[1:]])
-        lines.append(line("ours at that L0", L1_LRS[i], [trial[i], *more]))
+        trial = run_all([ours(lr, seeds[0]) for lr in lrs])
+        i = max(range(len(lrs)), key=lambda i: trial[i]["mcc"])
+        more = run_all([ours(lrs[i], s) for s in seeds[1:]])
+        lines.append(line("ours at that L0", lrs[i], [trial[i], *more]))
     chance = [r["chance"] for _, r in tried]
     return lines + [f"| random directions | | {sum(chance) / len(chance):.4f} | | | | | |", ""]
 
@@ -166,7 +167,8 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="our learning rates, no peers")
     parser.add_argument("--only", nargs="+", default=[r[0] for r in ROWS], help="these libraries")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of the peers")
+    parser.add_argument("--lrs", nargs="+", type=float, help="of the peers; default LRS or L1_LRS")
+    parser.add_argument("--l1s", nargs="+", type=float, default=L1S, help="of the peers")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default 0 1 2")
     parser.add_argument("--runs", type=Path, help="keeps the peers' finished runs: not run again")
     parser.add_argument("--out", type=Path, help="also write the tables there")
@@ -182,9 +184,9 @@ def main():
     from speed import machine
     lines = [f"{machine()}; float32, {STEPS} steps of {BATCH}, seeds {args.seeds}", ""]
     if args.variant != "topk":
-        lines += matched(args.variant, args.seeds)
+        lines += matched(args.variant, args.seeds, args.lrs or L1_LRS, args.l1s)
     else:
-        lines += sweep(args.seeds) if args.sweep else compare(args.only, args.tasks, args.lrs,
+        lines += sweep(args.seeds) if args.sweep else compare(args.only, args.tasks, args.lrs or LRS,
                                                               args.seeds)
     print("\n".join(lines))
     if args.out:

@@ -12,17 +12,19 @@ import torch
 from sae_lens import SAE
 
 import data
-import topk_sae
+import gated_sae, topk_sae, vanilla_sae
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("run", type=Path)
 run = parser.parse_args().run
-flags = data.load_sae(run)[0]["metadata"]["flags"]
+cfg = data.load_sae(run)[0]
+flags, script = cfg["metadata"]["flags"], {
+    "topk": topk_sae, "standard": vanilla_sae, "gated": gated_sae}[cfg["architecture"]]
 args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations") and v else v
                              for k, v in flags.items()})
 source = data.open_source(args, torch.device("cpu"))
 x = source.heldout()[:4096] / source.scale + source.mean
-ours, theirs = topk_sae.load(run), SAE.load_from_disk(run)
+ours, theirs = script.load(run), SAE.load_from_disk(run)
 with torch.no_grad():
     z, z_theirs = ours.encode(x), theirs.encode(x)
     x_hat, x_theirs = ours.decode(z), theirs.decode(z_theirs)

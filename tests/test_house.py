@@ -34,7 +34,7 @@ def test_most_lines_stand_verbatim_in_vanilla():
         assert same >= 0.7 * len(lines), path.name
 
 def test_files_keep_their_size():
-    limits = {"vanilla_sae.py": 340, "gated_sae.py": 340, "topk_sae.py": 300, "toy.py": 200}
+    limits = {"vanilla_sae.py": 350, "gated_sae.py": 350, "topk_sae.py": 300, "toy.py": 200}
     for path in ROOT.glob("*.py"):
         lines = path.read_text().splitlines()
         assert len(lines) <= limits.get(path.name, 450), path.name

@@ -98,7 +98,7 @@ def test_loss_and_gradients_equal_an_explicit_loop(script, tied, p, sparse, room
     assert torch.allclose(terms["l0"], (z > 0).sum() / len(x))
 
 @each_case
-def test_a_batch_that_outgrows_its_room_is_left_out(script, tied):
+def test_a_batch_that_outgrows_its_room_has_no_gradient(script, tied):
     sae, x = random_case(script, tied)
     loss, *_ = script.loss_fn(sae, x, state_of(1, True, room=50), None)
     loss.backward()

@@ -135,6 +135,10 @@ def test_resumed_equals_uninterrupted(variant, bf16, tmp_path, monkeypatch, caps
         saved = torch.load(tmp_path / "whole/state.pt", weights_only=True)["state"]
         assert saved["sparse"] and float(saved["p"][0]) == 0.5     # as for step 0 it never is
 
+def test_resume_of_another_script(tmp_path, one_line):
+    toy_run("vanilla", tmp_path / "run")
+    one_line(lambda: toy_run("gated", tmp_path / "run", "--resume"), "--resume", "another script")
+
 @each_variant
 def test_resumes_from_a_save_between_checks(variant, tmp_path, monkeypatch):
     """Killed without warning after step 17: the save of step 14, between two checks, is exact."""
@@ -199,10 +203,12 @@ def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monke
     real = data.ToySource.batch
     def batch(self, step):
         x = real(self, step)
-        return x * float("nan") if step == 15 else x
+        return x * float("nan") if step == 35 else x
     monkeypatch.setattr(data.ToySource, "batch", batch)
-    one_line(lambda: toy_run(variant, tmp_path / "run"), "not finite", "step 20", "--lr")
+    one_line(lambda: toy_run(variant, tmp_path / "run", "--tokens", 64 * 50), "not finite", "step 40",
+             "--lr")
     saved = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    assert variant == "topk" or saved["state"]["sparse"] and saved["state"]["last_l0"] > 0.01
     tensors = [*saved["sae"].values(), *(t for s in saved["opt"]["state"].values() for t in s.values()),
                *(t for t in saved["state"].values() if torch.is_tensor(t))]
     assert all(t.isfinite().all() for t in tensors)
@@ -299,6 +305,16 @@ def test_log_every_and_its_keys(variant, base, tmp_path):
 def test_every_flag_is_tested():
     for variant in VARIANTS:
         assert flags_of(variant) <= set(CHANGES) | ELSEWHERE
+
+@pytest.mark.parametrize("flag, value, word", [
+    ("--p-end", "0", "at most 1"), ("--p-end", "1.5", "at most 1"), ("--p-end", "nan", "at most 1"),
+    ("--l1", "-1", "at least 0"), ("--l1", "nan", "at least 0"), ("--target-l0", "0", "at least"),
+    ("--target-l0", "201", "--d-sae"), ("--l1-warmup", "0", "at least 1"), ("--l1", "x", "x"),
+    ("--l1", "0", "above 0")])
+@pytest.mark.parametrize("variant", ["vanilla", "gated"])
+def test_bad_values_of_the_penalty_flags(variant, flag, value, word, tmp_path, one_line):
+    one_line(lambda: toy_run(variant, tmp_path / "run", flag, value), word)
+    assert not (tmp_path / "run").exists()
 
 def test_defaults_follow_their_rules():
     from topk_sae import default_lr, lr_at

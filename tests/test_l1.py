@@ -272,7 +272,7 @@ def test_tied_sae_recovers_the_toy_of_sharkey():
         torch.manual_seed(seed)
         controls.append(mmcs(features, VanillaSAE(256, 512, tied=True).W_dec))
         sae, results = trained(vanilla_sae, "sharkey", seed, "--tied", "--l1", 1, "--batch-size", 1024,
-                               "--tokens", 1500 * 1024)
+                               "--tokens", 1200 * 1024)
         scores.append(mmcs(features, sae.W_dec))
         report(f"tied, MMCS {scores[-1]}, untrained {controls[-1]}", seed, sae, results, f"sharkey:{seed}")
     assert min(map(mean, zip(*scores))) >= 0.93 and max(map(max, controls)) <= 0.25

@@ -18,6 +18,7 @@ With an L1 penalty (--variant vanilla, gated; 'flat' alone) sparsity is not set 
 runs at every rate of --lrs with every coefficient of --l1s on the first seed, and its two best
 settings on the other seeds; the better mean is kept. Ours then runs told by --target-l0 to end at
 the L0 of each peer's best, at its default rate and at the best of the same rates on the first seed.
+(The vanilla table kept here is from a part of that command's runs; it says which.)
 
 MCC is the mean signed cosine of true and learned features under the best one-to-one matching;
 chance is that of random directions. L0, FVU and dead latents are of 65,536 held-out samples.

@@ -134,11 +134,12 @@ def replacing(path, flag):
 
 # --- arguments ------------------------------------------------------------------------------------
 
-def at_least(least, kind=int):
+def at_least(least, kind=int, most=1e18):
     """An argparse type: a number of at least that; whole ones may be written 2e6."""
     what = f"{'whole ' if kind is int else ''}number of at least {least}"
+    what += f" and at most {most}" if most < 1e18 else ""
     def number(text):
-        if not least <= float(text) < 1e18 or kind is int and float(text) % 1:
+        if not least <= float(text) <= most or kind is int and float(text) % 1:
             raise argparse.ArgumentTypeError(f"{text} is not a {what}")
         return kind(float(text))
     return number

@@ -149,7 +149,9 @@ class Encode(torch.autograd.Function):
         grad_b = ctx.active.t_sum(grad)
         grad_W = ctx.active.t_matmul(grad, x - b_dec).T
         return None, None, None, grad_W, grad_b, -(W_enc @ grad_b)
+# [/shared: sparse]
 
+# [shared: decode]
 class Decode(torch.autograd.Function):
     """Z @ W_dec: [B, D], from the entries z [n] of Z."""
     @staticmethod
@@ -164,7 +166,7 @@ class Decode(torch.autograd.Function):
         grad = grad.contiguous()
         grad_W = ctx.active.t_matmul(z, grad) if ctx.needs_input_grad[2] else None
         return ctx.active.entries(grad, W_dec), None, grad_W
-# [/shared: sparse]
+# [/shared: decode]
 
 # [shared: positive]
 def positive(sae, x, W_enc, bias, state):
@@ -326,9 +328,9 @@ def train(args):
                 data.save_state(args, source, sae, opt, state, done)
             if halt:
                 log.halt(done, finite=bad.item() == 0)
+    # [/shared: loop]
     metrics = data.heldout_metrics(sae, source.heldout())
     sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
-    # [/shared: loop]
     data.save_sae(args, "gated", sae.state_dict(), source, log, metrics)
     return sae
 

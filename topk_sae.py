@@ -7,19 +7,17 @@ Gao et al. 2024, 'Scaling and evaluating sparse autoencoders', arXiv 2406.04093.
     x_hat = z @ W_dec + b_dec                             [B, D]
     loss  = mean_B |x - x_hat|^2 + auxk_alpha * D * aux   (sum over D, mean over B)
     aux   = mean_B |e - e_hat|^2 / mean_B |e - mean e|^2  with e = x - x_hat, detached
-    e_hat = z_dead @ W_dec                                z_dead: relu of the auxk largest pre
-                                                          among the latents that count as dead
+    e_hat = z_dead @ W_dec                  z_dead: relu of the auxk largest pre of dead latents
 
 Departures from the paper (we had the authors' code and notes on the paper, not its text):
   - The paper divides the squared error by the variance of x. data.py makes that variance about D,
     so we multiply aux by D instead: auxk_alpha means the same.
   - Input is centred and scaled by constants, which fold into the weights on saving; the authors'
     per-token LayerNorm does not. So b_dec starts at the mean, not at the geometric median.
-  - A latent is dead after 1 % of the run's tokens if that is less than the paper's 10M; the list is
-    renewed every CHECK_EVERY steps, and what fires in between leaves AuxK at the next renewal.
-  - W_enc starts as W_dec.T, not rescaled; rows of W_dec get norm 1 after the step, not before it.
-  - The rate follows default_lr, warms up and decays; Adam's eps is 1e-8; weights are not averaged;
-    gradients are clipped to norm 1, which on our D-fold loss is nearly always; auxk is D // 2.
+  - Dead is what is silent for 1 % of the run's tokens, if that is less than the paper's 10M, on a
+    list renewed every CHECK_EVERY steps; auxk is D // 2. W_enc starts as W_dec.T, not rescaled;
+    rows of W_dec get norm 1 after the step, not before. The rate follows default_lr, warms up and
+    decays; Adam's eps is 1e-8; gradients are clipped to norm 1; weights are not averaged.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
     python topk_sae.py --model toy --toy song --k 3 --d-sae 32    # data with known features
@@ -156,7 +154,9 @@ class Encode(torch.autograd.Function):
         grad_b = ctx.active.t_sum(grad)
         grad_W = ctx.active.t_matmul(grad, x - b_dec).T
         return None, None, None, grad_W, grad_b, -(W_enc @ grad_b)
+# [/shared: sparse]
 
+# [shared: decode]
 class Decode(torch.autograd.Function):
     """Z @ W_dec: [B, D], from the entries z [n] of Z."""
     @staticmethod
@@ -171,7 +171,7 @@ class Decode(torch.autograd.Function):
         grad = grad.contiguous()
         grad_W = ctx.active.t_matmul(z, grad) if ctx.needs_input_grad[2] else None
         return ctx.active.entries(grad, W_dec), None, grad_W
-# [/shared: sparse]
+# [/shared: decode]
 
 # --- loss -----------------------------------------------------------------------------------------
 
@@ -191,6 +191,7 @@ def loss_fn(sae, x, state, args):
     terms = dict(loss=loss, mse=mse, aux=aux, l0=(z > 0).sum() / len(x))
     return loss, terms, active.t_sum((z > 1e-3).float())
 
+# [shared: auxk]
 def auxk_loss(sae, x, e, dead, args):
     """The dead latents reconstruct the error e of the live ones: no gradient to live ones or b_dec.
     Dense, over the dead latents alone. No b_dec in e_hat: e already excludes it."""
@@ -203,6 +204,7 @@ def auxk_loss(sae, x, e, dead, args):
     mean = data.all_reduce(e.mean(0))                                        # of the global batch
     variance = data.all_reduce(e.pow(2).sum() / len(e)) - mean.pow(2).sum()
     return F.mse_loss(e_hat, e, reduction="sum") / len(e) / variance.clamp_min(1e-8)
+# [/shared: auxk]
 
 # --- training -------------------------------------------------------------------------------------
 
@@ -282,9 +284,9 @@ def train(args):
                 data.save_state(args, source, sae, opt, state, done)
             if halt:
                 log.halt(done, finite=bad.item() == 0)
+    # [/shared: loop]
     metrics = data.heldout_metrics(sae, source.heldout())
     sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
-    # [/shared: loop]
     data.save_sae(args, "topk", sae.state_dict(), source, log, metrics, k=args.k,
                   rescale_acts_by_decoder_norm=False)
     return sae

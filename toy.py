@@ -91,10 +91,10 @@ class Toy:
         """Which features fire: bool [B, n]."""
         if self.exactly:                           # Gumbel top-k is sampling without replacement
             u = torch.rand(B, self.n, generator=g).clamp_min(1e-30)
-            keys = self.probs.log() - (-u.log()).log()
-            rank = keys.argsort(1, descending=True).argsort(1)
-            choice = torch.randint(len(self.exactly), (B, 1), generator=g)
-            return rank < torch.tensor(self.exactly)[choice]
+            first = (self.probs.log() - (-u.log()).log()).topk(max(self.exactly)).indices
+            s = torch.tensor(self.exactly)[torch.randint(len(self.exactly), (B, 1), generator=g)]
+            return torch.zeros(B, self.n, dtype=bool).scatter_(
+                1, first, torch.arange(first.shape[1]) < s)
         if self.root is not None:
             normal = torch.randn(B, self.n, generator=g) @ self.root.T
             if self.drift:

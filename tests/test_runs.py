@@ -18,11 +18,15 @@ from conftest import ROOT, mcc
 
 PENALTY = ["--l1", 30, "--l1-warmup", 3, "--target-l0", 3, "--p-end", 0.5, "--lr", 0.03]
 TIED = ["--tied", *PENALTY, "--lr", 0.1]
+K = ["--k", 3, "--auxk", 5]
 VARIANTS = {                      # script, class, architecture in SAELens, flags of toy_run
-    "topk": ("topk_sae", "TopKSAE", "topk", ["--k", 3, "--auxk", 5]),
+    "topk": ("topk_sae", "TopKSAE", "topk", K),
+    "matryoshka": ("matryoshka_sae", "MatryoshkaSAE", "jumprelu", [*K, "--k-start", 6.5]),
+    "ordered": ("ordered_sae", "OrderedSAE", "topk", [*K, "--k-start", 6, "--sweep", 0.8]),
     "vanilla": ("vanilla_sae", "VanillaSAE", "standard", PENALTY),
     "tied": ("vanilla_sae", "VanillaSAE", "standard", TIED),
     "gated": ("gated_sae", "GatedSAE", "gated", PENALTY)}
+TOPK = {"topk", "matryoshka", "ordered"}         # with --k and AuxK; the others have a penalty
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def script(variant):
@@ -51,14 +55,18 @@ def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
     path, _ = array
     m, cls, architecture, flags = script(variant), *VARIANTS[variant][1:]
     argv = ["--activations", path, "--d-sae", 32, "--tokens", 50_000, "--no-bf16", "--batch-size",
-            256, "--out", tmp_path / "run", *(["--k", 3] if variant == "topk" else [])]
+            256, "--out", tmp_path / "run", *(["--k", 3] if variant in TOPK else [])]
     argv += ["--tied"] if variant == "tied" else []
     sae = run(variant, *argv)
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)["sae"]
     source = data.open_source(m.parse_args([str(a) for a in argv]), torch.device("cpu"))
     assert abs(source.mean.norm() - 120) < 10 and source.scale < 0.5           # far from 0 and 1
-    inner = getattr(m, cls)(16, 32, **({"topk": dict(k=3), "tied": dict(tied=True)}.get(variant, {})))
+    options = dict(k=3) if variant in TOPK else dict(tied=True) if variant == "tied" else {}
+    inner = getattr(m, cls)(16, 32, **options).eval()
     inner.load_state_dict(state)
+    if variant == "matryoshka":
+        assert sae.threshold[0] > 0
+        inner.threshold.copy_(sae.threshold * source.scale)
     x = torch.from_numpy(np.load(path)[:500])
     scaled = (x - source.mean) * source.scale
     for outer in (sae, m.load(tmp_path / "run")):
@@ -67,18 +75,21 @@ def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
         assert torch.allclose(outer.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
     shapes = {n: tuple(t.shape) for n, t in data.load_sae(tmp_path / "run")[1].items()}
     biases = ["b_gate", "b_mag", "r_mag"] if variant == "gated" else ["b_enc"]
+    biases += ["threshold"] if variant == "matryoshka" else []
     assert shapes == dict({b: (32,) for b in biases}, W_enc=(16, 32), W_dec=(32, 16), b_dec=(16,))
     cfg = json.loads((tmp_path / "run/cfg.json").read_text())
     assert cfg["architecture"] == architecture and cfg["d_in"] == 16
-    assert cfg["metadata"]["results"]["l0"] > 0
+    l0 = cfg["metadata"]["results"]["l0"]
+    assert abs(l0 - 3) < 0.06 if variant in TOPK else l0 > 0
 
-@pytest.mark.parametrize("variant", ["topk", "vanilla", "gated"])
+@pytest.mark.parametrize("variant", ["topk", "matryoshka", "ordered", "vanilla", "gated"])
 def test_user_array_recovers_its_features(variant, array, tmp_path):
     path, toy = array
-    flags = ["--d-sae", 32, "--k", 3] if variant == "topk" else ["--d-sae", 64, "--target-l0", 3.5]
+    flags = ["--d-sae", 32, "--k", 3] if variant in TOPK else ["--d-sae", 64, "--target-l0", 3.5]
+    flags += {"matryoshka": ["--balance", 0], "ordered": ["--full-share", 0.9]}.get(variant, [])
     sae = run(variant, "--activations", path, "--tokens", 1e6, "--batch-size", 512, "--out",
               tmp_path / "run", *flags)
-    assert mcc(toy.features, sae.W_dec) >= (0.9 if variant == "gated" else 0.95)
+    assert mcc(toy.features, sae.W_dec) >= (0.95 if variant in ("topk", "vanilla") else 0.9)
 
 @each_variant
 def test_saelens_agrees(variant, array, tmp_path):
@@ -87,7 +98,7 @@ def test_saelens_agrees(variant, array, tmp_path):
         return                                 # benchmarks/results/saelens.txt records runs of it
     from sae_lens import SAE
     path, _ = array
-    flags = {"topk": ["--k", 3], "tied": ["--tied"]}.get(variant, [])
+    flags = ["--k", 3] if variant in TOPK else ["--tied"] if variant == "tied" else []
     run(variant, "--activations", path, "--d-sae", 32, "--tokens", 50_000, "--batch-size", 256,
         "--out", tmp_path / "run", *flags)
     theirs, ours = SAE.load_from_disk(tmp_path / "run"), script(variant).load(tmp_path / "run")
@@ -131,7 +142,7 @@ def test_resumed_equals_uninterrupted(variant, bf16, tmp_path, monkeypatch, caps
     read = lambda run: [{k: v for k, v in json.loads(line).items() if k != "tok_s"}
                         for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
     assert read("whole") == read("cut")
-    if variant != "topk":
+    if variant not in TOPK:
         saved = torch.load(tmp_path / "whole/state.pt", weights_only=True)["state"]
         assert saved["sparse"] and float(saved["p"][0]) == 0.5     # as for step 0 it never is
 
@@ -179,7 +190,7 @@ def test_two_processes_equal_one(variant, tmp_path):
     """torchrun with two processes gives the weights of one process at the same global batch. (p ends
     at .9 here: the gradient of z^.5 at z = 0 makes 1e-4 of the 1e-8 by which sums round apart.)"""
     argv = [str(a) for a in [*toy_flags(variant), "--tokens", 64 * 25, "--device", "cpu",
-                             "--log-every", 5, *([] if variant == "topk" else ["--p-end", 0.9])]]
+                             "--log-every", 5, *([] if variant in TOPK else ["--p-end", 0.9])]]
     job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                           "--standalone", VARIANTS[variant][0] + ".py", *argv, "--out",
                           tmp_path / "two"], cwd=ROOT, text=True, capture_output=True,
@@ -189,12 +200,12 @@ def test_two_processes_equal_one(variant, tmp_path):
     for n, p in two.named_parameters():
         if n != "W_enc" or variant != "tied":
             other = one.get_parameter(n) if n != "b_dec" else one.b_dec
-            atol = 1e-5 if variant == "topk" else 1e-4
+            atol = 1e-5 if variant in TOPK else 1e-4
             assert torch.allclose(p, other, atol=atol), (n, (p - other).abs().max())
     logs = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
             for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 5
-    assert variant != "topk" or logs[0][-1]["aux"] > 0                       # AuxK took part
+    assert variant not in TOPK or logs[0][-1]["aux"] > 0                       # AuxK took part
     for a, b in zip(*logs):
         assert all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a if k != "tok_s")
     assert job.stdout.count("held out") == 1
@@ -209,7 +220,7 @@ def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monke
     one_line(lambda: toy_run(variant, tmp_path / "run", "--tokens", 64 * 50), "not finite", "step 40",
              "--lr")
     saved = torch.load(tmp_path / "run/state.pt", weights_only=True)
-    assert variant == "topk" or saved["state"]["sparse"] and saved["state"]["last_l0"] > 0.01
+    assert variant in TOPK or saved["state"]["sparse"] and saved["state"]["last_l0"] > 0.01
     tensors = [*saved["sae"].values(), *(t for s in saved["opt"]["state"].values() for t in s.values()),
                *(t for t in saved["state"].values() if torch.is_tensor(t))]
     assert all(t.isfinite().all() for t in tensors)
@@ -221,7 +232,7 @@ def test_compile_changes_nothing_but_speed(variant, tmp_path, monkeypatch, one_l
     with monkeypatch.context() as m:
         m.setattr(data, "COMPILERS", ["no-such-compiler"])
         one_line(lambda: toy_run(variant, tmp_path / "c", "--compile"), "--compile", "compiler")
-    flags = {"topk": [], "gated": ["--p-end", 1]}.get(variant, ["--p-end", 0.9])    # see above
+    flags = [] if variant in TOPK else ["--p-end", 1 if variant == "gated" else 0.9]   # see above
     plain = toy_run(variant, tmp_path / "a", *flags)
     compiled = toy_run(variant, tmp_path / "b", *flags, "--compile")
     for n, p in plain.named_parameters():
@@ -235,14 +246,17 @@ def test_no_host_synchronisation_in_a_step(variant):
     """CUDA reports any wait of the host for the device; steps between two checks have none."""
     torch.manual_seed(0)
     m, flags = script(variant), ["--batch-size", 512, "--d-sae", 8192, "--bf16"]
-    flags += ["--k", 8, "--auxk", 8] if variant == "topk" else []
+    flags += ["--k", 8, "--auxk", 8] if variant in TOPK else []
     args = m.parse_args([str(a) for a in flags])
-    args.steps, args.lr, args.warmup, args.l1_warmup = 100, 1e-3, 1, 1
-    options = {"topk": dict(k=8), "tied": dict(tied=True)}.get(variant, {})
+    args.steps, args.lr, args.warmup, args.l1_warmup, args.k_start = 100, 1e-3, 1, 1, 8
+    options = dict(k=8) if variant in TOPK else dict(tied=True) if variant == "tied" else {}
     sae, x = getattr(m, VARIANTS[variant][1])(64, 8192, **options).cuda(), torch.randn(512, 64).cuda()
     opt = data.adam(sae, 1e-3, m.BETAS)
     state = dict(tokens_since_fired=torch.zeros(8192, dtype=torch.int64, device="cuda"),
-                 dead=torch.arange(4000, device="cuda"), l1=torch.tensor(1.0, device="cuda"), active=9.0)
+                 dead=torch.arange(4000, device="cuda"), l1=torch.tensor(1.0, device="cuda"), active=9.0,
+                 widths=torch.tensor([512, 8192], device="cuda"),
+                 weights=torch.tensor([0.0, 1.0, 1.0], device="cuda"),
+                 survival=torch.linspace(1, 0.5, 8192, device="cuda"))
     m.train_step(sae, opt, x, state, 0, args)                              # allocations, libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -252,20 +266,23 @@ def test_no_host_synchronisation_in_a_step(variant):
         torch.cuda.set_sync_debug_mode("default")
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("variant", ["topk", "vanilla", "gated"])
+@pytest.mark.parametrize("variant", ["topk", "matryoshka", "ordered", "vanilla", "gated"])
 def test_cuda_run_finds_the_features(variant, array, tmp_path):
     path, toy = array
-    flags = ["--d-sae", 32, "--k", 3] if variant == "topk" else ["--d-sae", 64, "--target-l0", 3.5]
+    flags = ["--d-sae", 32, "--k", 3] if variant in TOPK else ["--d-sae", 64, "--target-l0", 3.5]
+    flags += {"matryoshka": ["--balance", 0], "ordered": ["--full-share", 0.9]}.get(variant, [])
     sae = run(variant, "--activations", path, "--tokens", 1e6, "--batch-size", 512, "--device",
               "cuda", "--out", tmp_path / "run", *flags)
-    assert mcc(toy.features, sae.W_dec.cpu()) >= (0.9 if variant == "gated" else 0.95)
+    assert mcc(toy.features, sae.W_dec.cpu()) >= (0.95 if variant in ("topk", "vanilla") else 0.9)
 
 # --- flags ----------------------------------------------------------------------------------------
 
 CHANGES = {                       # flags that change the weights of toy_run, and a value that does
     "toy": "song:1", "d_sae": 190, "tokens": 64 * 25, "batch_size": 32, "lr": 1e-3, "warmup": 9,
     "dead_after": 64, "seed": 1, "bf16": None, "k": 2, "auxk": 2, "auxk_alpha": 0.5,
-    "l1": 5, "l1_warmup": 20, "target_l0": 20, "p_end": 0.3}
+    "l1": 5, "l1_warmup": 20, "target_l0": 20, "p_end": 0.3, "k_start": 10, "k_anneal": 0.5,
+    "widths": [20, 200], "random_widths": None, "balance": 0.3, "prefix_law": "zipf",
+    "full_share": 0.2, "sweep": 0.3}
 ELSEWHERE = {                     # flags whose effect another test shows
     "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
     "out", "resume", "compile", "log_every", "save_every", "tied"}
@@ -284,10 +301,10 @@ def base(tmp_path_factory):
 def test_flag_takes_effect(variant, flag, base, tmp_path):
     value = CHANGES[flag]
     sae = toy_run(variant, tmp_path / "run", "--" + flag.replace("_", "-"),
-                  *([] if value is None else [value]))
+                  *([] if value is None else value if isinstance(value, list) else [value]))
     same = [torch.equal(p, sae.get_parameter(n)) for n, p in base[variant][0].named_parameters()
             if p.shape == sae.get_parameter(n).shape]
-    if flag in ONLY_LOGGED and variant != "topk":
+    if flag in ONLY_LOGGED and variant not in TOPK:
         dead = lambda out: [json.loads(line)["dead"] for line in open(out / "metrics.jsonl")]
         assert all(same) and dead(base[variant][1]) != dead(tmp_path / "run")
     else:
@@ -298,9 +315,10 @@ def test_log_every_and_its_keys(variant, base, tmp_path):
     toy_run(variant, tmp_path / "run", "--log-every", 1)
     lines = lambda out: (out / "metrics.jsonl").read_text().splitlines()
     assert len(lines(base[variant][1])) == 3 and len(lines(tmp_path / "run")) == 30
-    own = {"topk": ["mse", "aux"], "gated": ["mse", "penalty", "aux", "l1", "gate_l0"]}
+    own = ["mse", "penalty", "aux", "l1", "gate_l0"] if variant == "gated" else \
+        ["mse", "aux"] if variant in TOPK else ["mse", "penalty", "l1"]
     assert list(json.loads(lines(base[variant][1])[0])) == [
-        "step", "tokens", "loss", *own.get(variant, ["mse", "penalty", "l1"]), "fvu", "l0", "dead",
+        "step", "tokens", "loss", *own, "fvu", "l0", "dead",
         "lr", "tok_s"]
 
 def test_every_flag_is_tested():
@@ -315,6 +333,20 @@ def test_every_flag_is_tested():
 @pytest.mark.parametrize("variant", ["vanilla", "gated"])
 def test_bad_values_of_the_penalty_flags(variant, flag, value, word, tmp_path, one_line):
     one_line(lambda: toy_run(variant, tmp_path / "run", flag, value), word)
+    assert not (tmp_path / "run").exists()
+
+@pytest.mark.parametrize("variant, flag, value, word", [
+    ("matryoshka", "--widths", "20 10 200", "increase"), ("matryoshka", "--widths", "20 20 200", "increase"),
+    ("matryoshka", "--widths", "20 100", "--d-sae"), ("matryoshka", "--widths", "0 200", "at least 1"),
+    ("matryoshka", "--balance", "-0.1", "at least 0"), ("matryoshka", "--balance", "inf", "at least 0"),
+    ("matryoshka", "--k", "0.001", "not less than one"), ("matryoshka", "--k", "201", "--d-sae"),
+    ("matryoshka", "--k-start", "201", "--d-sae"), ("matryoshka", "--k", "nan", "at least"),
+    ("ordered", "--k", "201", "--d-sae"), ("ordered", "--k", "2.5", "whole"),
+    ("ordered", "--k-start", "201", "--d-sae"), ("ordered", "--k-anneal", "0", "above 0"),
+    ("ordered", "--full-share", "1.5", "at most 1"), ("ordered", "--full-share", "-1", "at least 0"),
+    ("ordered", "--prefix-law", "pareto", "uniform"), ("ordered", "--sweep", "2", "at most 1")])
+def test_bad_values_of_the_nested_flags(variant, flag, value, word, tmp_path, one_line):
+    one_line(lambda: toy_run(variant, tmp_path / "run", flag, *value.split()), flag, word)
     assert not (tmp_path / "run").exists()
 
 def test_defaults_follow_their_rules():

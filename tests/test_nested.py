@@ -1,0 +1,217 @@
+"""matryoshka_sae.py and ordered_sae.py: the nested loss, the selection over a batch, five claims.
+
+Each claim below was written down, with its margin and its control, before it was run on the seeds
+here (10 and up); the settings of both scripts were chosen on seeds 0 to 4.
+"""
+from argparse import Namespace
+
+import pytest
+import torch
+
+import data
+import matryoshka_sae
+import ordered_sae
+from matryoshka_sae import MatryoshkaSAE
+from ordered_sae import OrderedSAE
+
+B, D, N = 20, 12, 40
+
+# --- the loss -------------------------------------------------------------------------------------
+
+def random_case(cls, k, dtype=torch.float64):
+    torch.manual_seed(0)
+    sae = cls(D, N, k).to(dtype)
+    with torch.no_grad():
+        for p in (sae.b_enc, sae.b_dec, sae.W_enc):
+            p += 0.3 * torch.randn_like(p)
+    return sae, torch.randn(B, D, dtype=dtype) * 3 + 1
+
+def naive_loss(sae, x, z, p):
+    """sum_l p(l) mean_B |x - x_hat_l|^2 with one dense decode for every prefix, plain autograd."""
+    loss = 0
+    for l in range(1, N + 1):
+        x_hat = z[:, :l] @ sae.W_dec[:l] + sae.b_dec
+        loss = loss + p[l - 1] * (x - x_hat).pow(2).sum(1).mean()
+    return loss
+
+def compare(sae, loss, expected):
+    """Equal values and equal gradients of every parameter."""
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    grads = []
+    for value in (loss, expected):
+        sae.zero_grad()
+        value.backward()
+        grads.append([p.grad for p in sae.parameters()])
+    for (name, _), a, b in zip(sae.named_parameters(), *grads):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), name
+
+def law(name, full_share=0.5):
+    """p(l), l = 1 .. N, from its definition."""
+    p = {"uniform": [1] * N, "zipf": [1 / l for l in range(1, N + 1)],
+         "groups": [int(l in (1, 3, 8, 18, 40)) for l in range(1, N + 1)]}[name]
+    p = torch.tensor(p, dtype=torch.float64)
+    p = (1 - full_share) * p / p.sum()
+    p[-1] += full_share
+    return p
+
+def ordered_state(prefix_law, full_share, k, dead=0):
+    args = Namespace(d_sae=N, prefix_law=prefix_law, full_share=full_share, auxk=4, auxk_alpha=0.7)
+    state = dict(k=k, survival=ordered_sae.survival(args).double(), dead=torch.arange(dead))
+    return state, args
+
+@pytest.mark.parametrize("k", [1, 4, 40])
+@pytest.mark.parametrize("prefix_law", ["uniform", "zipf", "groups"])
+@pytest.mark.parametrize("full_share", [0, 0.5, 1])
+def test_ordered_loss_equals_the_loop_over_all_prefixes(prefix_law, full_share, k, monkeypatch):
+    """Claim 1. Values and gradients in float64; on several pieces of the batch as on one. With k = F
+    many selected latents are at 0. full_share 1 is TopK."""
+    sae, x = random_case(OrderedSAE, k)
+    state, args = ordered_state(prefix_law, full_share, k)
+    p = law(prefix_law, full_share)
+    loss, terms, fired = ordered_sae.loss_fn(sae, x, state, args)
+    compare(sae, loss, naive_loss(sae, x, sae.encode(x), p))
+    assert torch.allclose(terms["mse"], (x - sae(x)).pow(2).sum(1).mean())
+    assert torch.equal(fired > 0, (sae.encode(x) > 1e-3).any(0))
+    if full_share == 1:
+        assert torch.allclose(loss, terms["mse"])
+    monkeypatch.setattr(ordered_sae, "MEMORY", 3 * k * D)     # pieces of three tokens, and of two
+    compare(sae, ordered_sae.loss_fn(sae, x, state, args)[0], naive_loss(sae, x, sae.encode(x), p))
+
+def matryoshka_state(widths, balance, n):
+    G = len(widths)
+    weights = torch.tensor([0.0] + [balance ** (G - 1 - g) for g in range(G)], dtype=torch.float64)
+    return dict(widths=torch.tensor(widths), weights=weights, n=n, dead=torch.empty(0, dtype=int))
+
+@pytest.mark.parametrize("k", [0.3, 4, 40])
+@pytest.mark.parametrize("widths, balance", [([40], 1), ([1, 3, 8, 18, 40], 1), ([5, 40], 0),
+                                             ([3, 8, 40], 0.25), ([8, 39, 40], 2)])
+def test_matryoshka_loss_equals_the_loop_over_its_levels(widths, balance, k):
+    """Claim 1. As above; k is a mean over the batch, of any size, so that some tokens have no latent
+    and others many. balance 0, and one level, are BatchTopK."""
+    sae, x = random_case(MatryoshkaSAE, k)
+    p = torch.zeros(N, dtype=torch.float64)
+    for g, width in enumerate(widths):
+        p[width - 1] = balance ** (len(widths) - 1 - g)
+    loss, terms, fired = matryoshka_sae.loss_fn(sae, x, matryoshka_state(widths, balance, round(k * B)),
+                                                Namespace(auxk_alpha=0))
+    z = sae.encode(x)
+    assert (z != 0).sum() <= round(k * B) and (k == 40 or len(set((z != 0).sum(1).tolist())) > 1)
+    compare(sae, loss, naive_loss(sae, x, z, p))
+    assert torch.allclose(terms["mse"], (x - sae(x)).pow(2).sum(1).mean())
+    assert torch.allclose(terms["l0"], (z > 0).sum() / B) and torch.equal(fired > 0, (z > 1e-3).any(0))
+    if len(widths) == 1 or balance == 0:
+        assert torch.allclose(loss, terms["mse"])
+
+def test_one_law_two_files():
+    """With a law of five groups and all entries positive, the ordered loss is the mean of
+    Matryoshka's levels: the two files' losses agree on the same codes (k = F)."""
+    sae, x = random_case(OrderedSAE, N)
+    other = MatryoshkaSAE(D, N, N).double()
+    other.load_state_dict(dict(sae.state_dict(), threshold=torch.zeros(N)))
+    ordered = ordered_sae.loss_fn(sae, x, *ordered_state("groups", 0, N))[0]
+    levels = matryoshka_sae.loss_fn(other, x, matryoshka_state([1, 3, 8, 18, 40], 1, N * B),
+                                    Namespace(auxk_alpha=0))[0]
+    assert torch.allclose(ordered, levels / 5, rtol=1e-12)
+
+@pytest.mark.parametrize("cls", [OrderedSAE, MatryoshkaSAE])
+def test_auxk_reconstructs_the_error_of_all_latents(cls):
+    """The loss with dead latents is the loss without, plus alpha D times the aux of topk_sae.py on the
+    error of the full width, which reaches dead latents only."""
+    from topk_sae import auxk_loss
+    sae, x = random_case(cls, 4)
+    if cls is OrderedSAE:
+        script, (state, args) = ordered_sae, ordered_state("uniform", 0.5, 4, dead=9)
+    else:
+        script, state = matryoshka_sae, matryoshka_state([8, 40], 1, 4 * B)
+        args = Namespace(auxk=4, auxk_alpha=0.7)
+    state["dead"] = torch.arange(0, 40, 5)
+    aux = auxk_loss(sae, x, (x - sae(x)).detach(), state["dead"], args)
+    with_dead = script.loss_fn(sae, x, state, args)[0]
+    without = script.loss_fn(sae, x, dict(state, dead=state["dead"][:0]), args)[0]
+    compare(sae, with_dead, without + 0.7 * D * aux)
+
+# --- the selection over a batch -------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(10, 7), (64, 200), (300, 1000), (512, 4096)])
+def test_selection_is_exact(shape, monkeypatch):
+    """top() finds the values that torch.topk finds, with ties, in bf16, when most entries are 0, when
+    columns differ a lot, and when the sample misleads: then it takes the long way."""
+    g = torch.Generator().manual_seed(1)
+    pre = torch.randn(*shape, generator=g)
+    rare = torch.zeros(pre.numel())
+    rare[torch.arange(1, pre.numel(), 61)] = 1.0                          # what the sample never sees
+    for x in (pre, pre.bfloat16(), pre.round(), pre.relu(), pre * torch.arange(shape[1]), rare,
+              1 - rare, -pre.relu()):
+        x = x.flatten()
+        for n in {1, shape[0] // 3 + 1, 5 * shape[0], x.numel()}:
+            at = matryoshka_sae.top(x, n)
+            assert len(at) == n and (at.diff() > 0).all()
+            assert torch.equal(x[at].sort().values, x.topk(n).values.sort().values)
+
+def test_selection_over_processes(monkeypatch):
+    """Two processes choose, together, the n largest of both, ties included."""
+    torch.manual_seed(0)
+    pre = torch.randn(2, 6, 40).round(decimals=1)
+    pre[1] += 0.5
+    for n in (1, 24, 60, 240):
+        offers, chosen = {}, {}
+        def gather(tensor, op):
+            offers[data.rank()] = tensor.clone()
+            return sum(offers.values()) if len(offers) == 2 else tensor
+        monkeypatch.setattr(data, "world_size", lambda: 2)
+        monkeypatch.setattr(data, "all_reduce", gather)
+        for rank in (0, 1, 0):                                            # 0 again, now it sees both
+            monkeypatch.setattr(data, "rank", lambda: rank)
+            vals, at = matryoshka_sae.batch_top(pre[rank].flatten(), n)
+            chosen[rank] = vals[vals != 0]
+        assert torch.equal(torch.cat([chosen[0], chosen[1]]).sort().values,
+                           (lambda best: best[best != 0])(pre.flatten().topk(n).values).sort().values)
+
+@pytest.mark.parametrize("k", [0.37, 3, 12.5, 39])
+def test_threshold_makes_l0_k(k):
+    """On the tokens that it was set with L0 is k, to one entry, or all that is positive if that is
+    less; strictly above, as SAELens' jumprelu."""
+    sae, _ = random_case(MatryoshkaSAE, k, torch.float32)
+    x = torch.randn(5000, D, generator=torch.Generator().manual_seed(5)) * 3 + 1
+    sae.set_threshold(x)
+    z = sae.encode(x)
+    positive = (sae.pre_acts(x) > 0).sum().item()
+    assert not sae.training and abs((z > 0).sum().item() - min(round(k * 5000), positive)) <= 1
+    assert torch.equal(z, sae.pre_acts(x) * (sae.pre_acts(x) > sae.threshold))
+    assert (sae.threshold == sae.threshold[0]).all()
+
+def test_random_widths():
+    """Distinct, increasing, ending with F; a function of seed and step; small widths more often."""
+    args = Namespace(d_sae=100, widths=[1, 2, 3, 4, 100], seed=3)
+    draws = [matryoshka_sae.random_widths(step, args).tolist() for step in range(300)]
+    assert all(d == sorted(set(d)) and d[-1] == 100 and d[0] >= 1 and len(d) == 5 for d in draws)
+    assert draws[7] == matryoshka_sae.random_widths(7, args).tolist() != draws[8]
+    inner = torch.tensor(draws)[:, :-1]
+    assert (inner <= 25).float().mean() > 0.4                 # sqrt(.25) = .5, less what is taken out
+
+# --- the order of training ------------------------------------------------------------------------
+
+def test_k_anneals_and_stays():
+    for script in (matryoshka_sae, ordered_sae):
+        args = Namespace(k=4, k_start=20, k_anneal=0.5, steps=100)
+        ks = [script.k_at(step, args) for step in range(100)]
+        assert ks[0] == 20 and ks[25] == 12 and set(ks[50:]) == {4} and ks == sorted(ks, reverse=True)
+
+def test_sweep_freezes_latents_in_order():
+    """From the share --sweep of the steps on latent after latent stops moving, the first one first,
+    encoder, bias and decoder; the others go on."""
+    sae, x = random_case(OrderedSAE, 4, torch.float32)
+    args = ordered_sae.parse_args(["--sweep", "0.5", "--no-bf16", "--lr", "0.01", "--batch-size", str(B)])
+    args.steps, args.warmup, args.d_sae, args.auxk, args.k, args.k_start = 80, 1, N, 4, 4, 4
+    opt = data.adam(sae, 0.01, ordered_sae.BETAS)
+    state = dict(tokens_since_fired=torch.zeros(N, dtype=torch.int64), dead=torch.arange(N),
+                 survival=ordered_sae.survival(args).float())
+    for step in range(80):
+        before = {n: p.detach().clone() for n, p in sae.named_parameters()}
+        ordered_sae.train_step(sae, opt, x, state, step, args)
+        frozen = max(0, step - 40)                                        # one a step from step 40
+        for name in ("W_enc", "b_enc", "W_dec"):
+            old, new = before[name], sae.get_parameter(name)
+            same = (old == new).all(0 if name == "W_enc" else 1) if old.dim() > 1 else old == new
+            assert same[:frozen].all(), (step, name)
+            assert name == "b_enc" or step == 79 or not same[frozen:].all()

@@ -1,7 +1,12 @@
 """Shared by the tests: short runs through the scripts' own train(), and the recovery score."""
+import contextlib
+import io
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,19 @@ def mcc(truth, learned):
     unit = lambda W: torch.nn.functional.normalize(W.detach().float(), dim=1)
     cosine = (unit(truth) @ unit(learned).T).numpy()
     return float(cosine[linear_sum_assignment(-cosine)].mean())
+
+@cache
+def trained(script, toy, seed, *flags):
+    """(SAE, held-out metrics) of a run on toy:seed, or on toy if that has a seed; 1000 steps of 512,
+    in float32, as many latents as features, everything else default, unless flags say otherwise."""
+    from toy import Toy
+    toy = toy if ":" in toy else f"{toy}:{seed}"
+    argv = ["--model", "toy", "--toy", toy, "--seed", seed, "--d-sae", Toy.preset(toy).n, "--tokens",
+            1000 * 512, "--batch-size", 512, "--no-bf16", "--log-every", 1000, *flags]
+    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
+        out = Path(tmp) / "run"
+        sae = script.train(script.parse_args([str(a) for a in argv] + ["--out", str(out)]))
+        return sae, json.loads((out / "cfg.json").read_text())["metadata"]["results"]
 
 def run_script(*argv, env=None, cwd=ROOT, **kw):
     """A script as a user runs it; argv[0] is its name."""

@@ -5,14 +5,8 @@ here (10 to 12); the defaults of both scripts were chosen on seeds 0 to 2 and on
 since, with the same bounds: p-annealing trains 2000 steps (at 1000, seed 10 had a gamma of .940,
 just within its bound), the tied SAE 1200 (from 1500, for time).
 """
-import contextlib
 import inspect
-import io
-import json
-import tempfile
 from argparse import Namespace
-from functools import cache
-from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -23,7 +17,7 @@ from sklearn.decomposition import PCA, FastICA
 import data
 import gated_sae
 import vanilla_sae
-from conftest import mcc
+from conftest import mcc, trained
 from gated_sae import GatedSAE
 from toy import Toy
 from vanilla_sae import VanillaSAE
@@ -172,19 +166,6 @@ def test_p_ends_exactly_and_l1_is_rematched():
 # --- claims ---------------------------------------------------------------------------------------
 
 SEEDS = (10, 11, 12)
-STEPS = 1000
-
-@cache
-def trained(script, toy, seed, *flags):
-    """(SAE, held-out metrics) of a run on toy:seed; short, in float32, with everything else default."""
-    truth = Toy.preset(f"{toy}:{seed}")
-    argv = ["--model", "toy", "--toy", f"{toy}:{seed}", "--seed", seed, "--d-sae", truth.n, "--tokens",
-            STEPS * 512, "--batch-size", 512, "--no-bf16", "--log-every", STEPS, *flags]
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
-        out = Path(tmp) / "run"
-        sae = script.train(script.parse_args([str(a) for a in argv] + ["--out", str(out)]))
-        return sae, json.loads((out / "cfg.json").read_text())["metadata"]["results"]
-
 def mmcs(truth, learned):
     """Mean max cosine similarity, signed: (of each true feature, of each learned one)."""
     cosine = F.normalize(truth, dim=1) @ F.normalize(learned.detach(), dim=1).T
@@ -238,7 +219,7 @@ def test_shrinkage_and_its_cure(target):
 def test_p_annealing():
     """Claim: with p annealed to .2, FVU is lower than that of plain L1 at an L0 that is no higher,
     and gamma, below .8 there, is within .06 of 1. For every seed."""
-    longer = "--target-l0", 7, "--tokens", 2 * STEPS * 512
+    longer = "--target-l0", 7, "--tokens", 2 * 1000 * 512
     for seed in SEEDS:
         plain, a = trained(vanilla_sae, "flat", seed, *longer)
         annealed, b = trained(vanilla_sae, "flat", seed, *longer, "--p-end", 0.2)

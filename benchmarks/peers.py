@@ -8,8 +8,8 @@
         plant(W, bias)  W [F, D] becomes decoder and encoder, bias the encoder's (of the gate)
 
 lr None means the library's own default. dead=share: that share of the latents counts as dead at
-every step, so that AuxK is at work. Libraries that only have a training loop run that loop in a
-thread, which takes one batch per step. Only one library per process: some need stand-ins for
+every step, so that AuxK is at work. 'matryoshka' has five levels, those of ours by default,
+for all. Libraries that only have a training loop run that loop in a thread, which takes one batch per step. Only one library per process: some need stand-ins for
 packages that they import and that their training step does not use.
 """
 import importlib.util, os, queue, sys, tempfile, threading
@@ -18,6 +18,12 @@ from unittest.mock import MagicMock
 
 os.environ.update(TQDM_DISABLE="1", WANDB_MODE="disabled", HF_HUB_OFFLINE="1")
 import torch
+
+SHARES = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32   # of F in each level, as in Bussmann et al.'s main run
+K_VARIANTS = "topk", "batchtopk", "matryoshka", "ordered"
+
+def widths(F):
+    return [max(1, F * n // 32) for n in (1, 3, 7, 15, 32)]
 
 def stand_in(*names):
     for name in names:
@@ -74,22 +80,30 @@ class Ours(Peer):
     def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead=0.0, flags=()):
         sys.path.insert(0, str(Path(__file__).parents[1]))
         script, cls = {"topk": ("topk_sae", "TopKSAE"), "vanilla": ("vanilla_sae", "VanillaSAE"),
-                       "gated": ("gated_sae", "GatedSAE")}[variant]
+                       "gated": ("gated_sae", "GatedSAE"), "ordered": ("ordered_sae", "OrderedSAE")
+                       }.get(variant, ("matryoshka_sae", "MatryoshkaSAE"))
         m = self.m = importlib.import_module(script)
         flags = ["--batch-size", batch, "--tokens", steps * batch, "--d-sae", F, *flags]
-        flags += ["--k", k, "--auxk", d // 2] if variant == "topk" else []
+        flags += ["--k", k, "--auxk", d // 2] if variant in K_VARIANTS else []
         args = self.args = m.parse_args([*map(str, flags), "--bf16" if bf16 else "--no-bf16"])
         args.steps, args.lr = steps, lr or m.default_lr(F, steps)
         args.warmup = max(1, min(1000, steps // 10))
         args.dead_after = max(1, steps * batch // 100)
         torch.manual_seed(seed)
-        self.sae = getattr(m, cls)(*([d, F, k] if variant == "topk" else [d, F]))
+        self.sae = getattr(m, cls)(*([d, F, k] if variant in K_VARIANTS else [d, F]))
         self.opt, self.i, self.forced = m.data.adam(self.sae, args.lr, m.BETAS), 0, dead > 0
         since = torch.zeros(F, dtype=torch.int64)
         self.state = dict(tokens_since_fired=since, dead=since.nonzero()[:, 0])
         if dead:
             self.state["dead"] = torch.arange(F)[:: round(1 / dead)]
-        if variant != "topk":
+        args.k_start = getattr(args, "k_start", None) or k     # ordered: annealed only if flags say so
+        if variant in ("batchtopk", "matryoshka"):
+            args.widths = widths(F) if variant == "matryoshka" else [F]
+            self.state.update(widths=torch.tensor(args.widths),
+                              weights=torch.tensor([0.0] + [1.0] * len(args.widths)))
+        if variant == "ordered":
+            self.state["survival"] = m.survival(args).float()
+        if variant not in K_VARIANTS:
             args.l1_warmup = args.l1_warmup or max(1, steps // 20)
             self.state.update(l1=torch.tensor(args.l1), active=torch.inf)
 
@@ -120,14 +134,17 @@ class DictionaryLearning(Peer):
                  l1=None):
         stand_in("nnsight", "circuitsvis", "circuitsvis.activations", "umap", "zstandard")
         from dictionary_learning import trainers
+        from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
         trainer = {"topk": trainers.TopKTrainer, "vanilla": trainers.StandardTrainer,
-                   "gated": trainers.GatedSAETrainer}[variant]
-        options = dict(k=k) if variant == "topk" else dict(
+                   "gated": trainers.GatedSAETrainer, "batchtopk": trainers.BatchTopKTrainer,
+                   "matryoshka": MatryoshkaBatchTopKTrainer}[variant]
+        options = dict(k=k) if variant in K_VARIANTS else dict(
             sparsity_warmup_steps=min(2000, steps // 2), **({"l1_penalty": l1} if l1 else {}))
         self.trainer = trainer(
             steps=steps, activation_dim=d, dict_size=F, layer=0, lm_name="none", seed=seed,
             device="cpu", warmup_steps=min(1000, max(steps // 3, 1)), **options,
-            **({"lr": lr} if lr else {}))
+            **({"lr": lr} if lr else {}),
+            **({"group_fractions": list(SHARES)} if variant == "matryoshka" else {}))
         if dead_after:
             self.trainer.dead_feature_threshold = dead_after
         self.i, self.bf16, self.dead = 0, bf16, dead
@@ -147,11 +164,14 @@ class DictionaryLearning(Peer):
         (ae.gate_bias if hasattr(ae, "gate_bias") else ae.encoder.bias).fill_(bias)
 
     def decoder(self):
-        return self.trainer.ae.decoder.weight.T.detach()
+        ae = self.trainer.ae
+        return (ae.W_dec if hasattr(ae, "W_dec") else ae.decoder.weight.T).detach()
 
     @torch.no_grad()
     def encode(self, x):
-        return self.trainer.ae.encode(x)
+        ae = self.trainer.ae
+        options = {"use_threshold": bool(ae.threshold >= 0)} if hasattr(ae, "threshold") else {}
+        return ae.encode(x, **options)
 
     def decode(self, z):
         return self.trainer.ae.decode(z)
@@ -164,10 +184,15 @@ class SAELens(Peer):
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
         torch.manual_seed(seed)
-        name = {"topk": "TopK", "vanilla": "Standard", "gated": "Gated"}[variant]
-        options = dict(k=k) if variant == "topk" else dict(l1_coefficient=l1) if l1 else {}
-        self.sae = getattr(sae_lens, f"{name}TrainingSAE")(
-            getattr(sae_lens, f"{name}TrainingSAEConfig")(
+        from sae_lens.saes import matryoshka_batchtopk_sae
+        name = {"topk": "TopK", "vanilla": "Standard", "gated": "Gated", "batchtopk": "BatchTopK",
+                "matryoshka": "MatryoshkaBatchTopK"}[variant]
+        options = dict(k=k) if variant in K_VARIANTS else dict(l1_coefficient=l1) if l1 else {}
+        options |= dict(matryoshka_widths=widths(F)) if variant == "matryoshka" else {}
+        module = matryoshka_batchtopk_sae if variant == "matryoshka" else sae_lens
+        self.jump = variant in ("batchtopk", "matryoshka")
+        self.sae = getattr(module, f"{name}TrainingSAE")(
+            getattr(module, f"{name}TrainingSAEConfig")(
                 d_in=d, d_sae=F, device="cpu", dtype="float32", **options))
         cfg = SAETrainerConfig(
             total_training_samples=(steps + 1) * batch, train_batch_size_samples=batch,
@@ -192,6 +217,9 @@ class SAELens(Peer):
     @torch.no_grad()
     def encode(self, x):
         self.sae.eval()
+        if self.jump:                                        # as the JumpReLU that it would save
+            pre = self.sae.encode_with_hidden_pre(x)[1]
+            return pre.relu() * (pre > self.sae.topk_threshold)
         z = self.sae.encode(x)
         return z.to_dense() if z.is_sparse else z
 
@@ -261,8 +289,9 @@ class Overcomplete(Peer):
         from overcomplete.sae.losses import mse_l1
         from overcomplete.sae.train import train_sae, train_sae_amp
         torch.manual_seed(seed)
-        if variant == "topk":
-            self.sae = overcomplete.sae.TopKSAE(d, F, top_k=k)
+        if variant in K_VARIANTS:
+            self.sae = overcomplete.sae.TopKSAE(d, F, top_k=k) if variant == "topk" else \
+                overcomplete.sae.BatchTopKSAE(d, F, top_k=k * batch)
             loss = lambda x, x_hat, pre, z, D: (x - x_hat).square().mean()
         else:                   # its l1 sums over the batch, its error is a mean over D and batch
             self.sae = overcomplete.sae.SAE(d, F)
@@ -295,7 +324,9 @@ class Overcomplete(Peer):
 LIBRARIES = {"ours": Ours, "dictionary-learning": DictionaryLearning, "sae-lens": SAELens,
              "sparsify": Sparsify, "overcomplete": Overcomplete}
 VARIANTS = {"topk": list(LIBRARIES), "vanilla": ["ours", "sae-lens", "dictionary-learning", "overcomplete"],
-            "gated": ["ours", "sae-lens", "dictionary-learning"]}
+            "gated": ["ours", "sae-lens", "dictionary-learning"],
+            "batchtopk": ["ours", "sae-lens", "dictionary-learning", "overcomplete"],
+            "matryoshka": ["ours", "sae-lens", "dictionary-learning"], "ordered": ["ours"]}
 
 def make(name, *args, **kw):
     return LIBRARIES[name](*args, **kw)

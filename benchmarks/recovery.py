@@ -5,6 +5,8 @@
     python benchmarks/recovery.py --variant vanilla --lrs 3e-3 1e-2 --l1s 0.4 0.8 1.6 \\
         --out benchmarks/results/recovery-vanilla.md
     python benchmarks/recovery.py --variant gated --out benchmarks/results/recovery-gated.md
+    python benchmarks/recovery.py --variant batchtopk --tasks flat --lrs 3e-3 1e-2 \\
+        --out benchmarks/results/recovery-batchtopk.md                     # and matryoshka, likewise
 
 The data: 'flat' (256 features in 64 dimensions, about 5 active, F = 256, k = 5) and 'song' (Song et
 al. 2025: 32 features in 16 dimensions, exactly 3 active, F = 32, k = 3), 3000 steps of 1024 fresh
@@ -93,15 +95,16 @@ def line(label, lr, results):
 HEAD = ["| | lr | MCC, mean | MCC by seed | share > .95 | L0 | FVU | dead, worst |",
         "|---|--:|--:|---|--:|--:|--:|--:|"]
 
-def compare(only, tasks, lrs, seeds):
-    rows = [row for row in ROWS if row[0] in only]
-    jobs = [dict(name=name, options=options, task=task, lr=lr, seed=seed)
+def compare(variant, only, tasks, lrs, seeds):
+    import peers
+    rows = [row for row in ROWS if row[0] in only and row[0] in peers.VARIANTS[variant]]
+    jobs = [dict(name=name, options=options, task=task, lr=lr, seed=seed, variant=variant)
             for task in tasks for name, options in rows
             for lr in (lrs if name != "ours" else (None,)) for seed in seeds]
     results = run_all(jobs)
     lines = []
     for task, (d, F, k) in [(task, TASKS[task]) for task in tasks]:
-        lines += [f"**{task}**: D={d}, F={F}, k={k}", "", *HEAD]
+        lines += [f"**{variant}, {task}**: D={d}, F={F}, k={k}", "", *HEAD]
         table = []
         for name, options in rows:
             best = None
@@ -164,7 +167,8 @@ def sweep(seeds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="topk", choices=["topk", "vanilla", "gated"])
+    parser.add_argument("--variant", default="topk", choices=["topk", "batchtopk", "matryoshka",
+                                                                       "vanilla", "gated"])
     parser.add_argument("--sweep", action="store_true", help="our learning rates, no peers")
     parser.add_argument("--only", nargs="+", default=[r[0] for r in ROWS], help="these libraries")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -184,11 +188,12 @@ def main():
         DONE.update(map(json.loads, open(KEEP)) if KEEP.exists() else ())
     from speed import machine
     lines = [f"{machine()}; float32, {STEPS} steps of {BATCH}, seeds {args.seeds}", ""]
-    if args.variant != "topk":
+    if args.variant in ("vanilla", "gated"):
         lines += matched(args.variant, args.seeds, args.lrs or L1_LRS, args.l1s)
+    elif args.sweep:
+        lines += sweep(args.seeds)
     else:
-        lines += sweep(args.seeds) if args.sweep else compare(args.only, args.tasks, args.lrs or LRS,
-                                                              args.seeds)
+        lines += compare(args.variant, args.only, args.tasks, args.lrs or LRS, args.seeds)
     print("\n".join(lines))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

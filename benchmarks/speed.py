@@ -7,6 +7,8 @@ In the peers' environment (requirements.txt beside this file):
         --out benchmarks/results/speed-same-allocator.md
     python benchmarks/speed.py --turns 2 --steps 4 --variants vanilla gated --same-allocator \\
         --out benchmarks/results/speed-l1.md
+    python benchmarks/speed.py --turns 2 --steps 4 --variants batchtopk matryoshka ordered \\
+        --same-allocator --out benchmarks/results/speed-nested.md
 
 Each library runs its own training step on the same batches, set up as peers.py says, in a process
 of its own, on one thread, measured in CPU time (which other work on the machine disturbs less than
@@ -28,6 +30,9 @@ With an L1 penalty the cost of our step hangs on L0. In the rows 'trained' every
 same planted solution: the features that generated the data as W_dec and W_enc, and the encoder bias
 at which 32 latents fire per token; the rate is 1e-7, so that it stays there. In the rows 'dense'
 nothing is planted: the random weights of each library's start, of which about half fire.
+
+Nobody but us has 'ordered' (k not annealed, as it is after the first fifth of a run): it stands
+beside our own topk_sae.py.
 """
 import argparse, datetime, itertools, json, os, platform, subprocess, sys, time
 from pathlib import Path
@@ -39,6 +44,8 @@ SHAPES = {"small": (512, 4096, 32, 2048), "large": (768, 12288, 32, 4096)}      
 PRECISIONS = ("fp32", "fp32-onednn", "bf16")
 NAMES = ("ours", "sae-lens", "dictionary-learning", "sparsify", "overcomplete")
 ROWS = [(name, {}) for name in NAMES] + [(name, {"dead": 0.05}) for name in NAMES[:4]]
+K_ROWS = {"batchtopk": [(n, {}) for n in NAMES if n != "sparsify"],
+          "matryoshka": [(n, {}) for n in NAMES[:3]], "ordered": [("ours", {}), ("ours", {"as": "topk"})]}
 L1_NAMES = {"vanilla": ("ours", "sae-lens", "dictionary-learning", "overcomplete"),
             "gated": ("ours", "sae-lens", "dictionary-learning")}
 L1_ROWS = {v: [(name, {"planted": planted}) for planted in (True, False) for name in names]
@@ -63,7 +70,7 @@ def measure(name, variant, options, shape, precision, n, same_allocator):
     batches = [torch.nn.functional.embedding_bag(
         torch.randint(F, (B, k)), features, mode="sum", per_sample_weights=0.5 + torch.rand(B, k))
         for _ in range(4)]
-    planted = options.pop("planted", None)
+    planted, variant = options.pop("planted", None), options.pop("as", variant)
     lr = None if planted is None else 1e-7
     sae = peers.make(name, variant, d, F, k, lr, 100_000, 0, B, precision == "bf16", **options)
     if planted:
@@ -96,7 +103,7 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=["topk"], choices=["topk", *L1_ROWS])
+    parser.add_argument("--variants", nargs="+", default=["topk"], choices=["topk", *K_ROWS, *L1_ROWS])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--turns", type=int, default=3, help="turns of each library; default 3")
@@ -111,7 +118,7 @@ def main():
     lines = [f"{machine()}; one thread, CPU time, median of {args.turns} turns of {args.steps} "
              f"steps{', our allocator setting for all' if args.same_allocator else ''}", ""]
     for variant, shape, precision in itertools.product(args.variants, args.shapes, args.precisions):
-        rows = L1_ROWS.get(variant) or [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
+        rows = (K_ROWS | L1_ROWS).get(variant) or [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
         results = [[] for _ in rows]
         for _ in range(args.turns):
             for (name, options), result in zip(rows, results):
@@ -137,11 +144,13 @@ def table(variant, shape, precision, rows, results):
              for result in results]
     memory = [min(r["memory"] for r in result) if result else float("nan") for result in results]
     fastest = lambda same: max([s for (name, options), s in zip(rows, speed)
-                                if name != "ours" and options == same and s == s] or [float("nan")])
+                                if (name != "ours" and options == same or "as" in options) and s == s]
+                               or [float("nan")])
     lines = [f"**{variant}, {shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
              "| | tokens/s | to the fastest peer | peak memory, MB |", "|---|--:|--:|--:|"]
     for (name, options), result, s, m in zip(rows, results, speed, memory):
         label = name + (", AuxK at work" if "dead" in options else "")
+        label += f", {options['as']}" if "as" in options else ""
         if "planted" in options and result:
             label += f", {'trained' if options['planted'] else 'dense'} (L0 {result[0]['l0']:,.0f})"
         lines.append(f"| {label} | {s:,.0f} | {s / fastest(options):.2f} x | {m:,.0f} |")

@@ -10,8 +10,7 @@ Gao et al. 2024, 'Scaling and evaluating sparse autoencoders', arXiv 2406.04093.
     e_hat = z_dead @ W_dec                  z_dead: relu of the auxk largest pre of dead latents
 
 Departures from the paper (we had the authors' code and notes on the paper, not its text):
-  - The paper divides the squared error by the variance of x. data.py makes that variance about D,
-    so we multiply aux by D instead: auxk_alpha means the same.
+  - They divide the error by the variance of x, which data.py makes about D: so here aux times D.
   - Input is centred and scaled by constants, which fold into the weights on saving; the authors'
     per-token LayerNorm does not. So b_dec starts at the mean, not at the geometric median.
   - Dead is what is silent for 1 % of the run's tokens, if that is less than the paper's 10M, on a
@@ -47,12 +46,10 @@ def parse_args(argv=None):
     add("--batch-size", type=data.count, default=2048, help="tokens a step, all processes; 2048")
     add("--lr", type=data.at_least(1e-9, float), help="peak rate; default falls with width, length")
     add("--warmup", type=data.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=data.count, help="silent for so many tokens is dead; default 10e6, at "
-                                              "most 1 %% of --tokens")
+    add("--dead-after", type=data.count, help="tokens of silence; default 10e6, or 1 %% if less")
     add("--seed", type=data.at_least(0), default=0, help="of weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
-    add("--bf16", action=argparse.BooleanOptionalAction,
-        help="bf16 matmuls, by autocast; default where the hardware is fast with it")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
@@ -98,6 +95,7 @@ class TopKSAE(nn.Module):
 
 # --- sparse codes ---------------------------------------------------------------------------------
 
+# [shared: top]
 def top(pre, k):
     """pre.topk(k), exactly but faster: the k largest of a row lie in the k chunks with the largest
     maxima, chunk j being the columns j, j + n, j + 2 n, j + 3 n."""
@@ -108,14 +106,14 @@ def top(pre, k):
     cols = torch.cat([chunks + i * n for i in range(4)], dim=1)              # (B, 4 k)
     vals, which = pre.gather(1, cols).topk(k, sorted=False)
     return vals, cols.gather(1, which)
+# [/shared: top]
 
 # [shared: sparse]
 class Active:
     """Where codes Z [B, F] may be non-zero: entry j is token row[j], latent col[j]; row ascends.
 
     Z itself is never built. Each method's docstring is the dense formula that it equals, at a cost
-    of n D for n entries instead of B F D; z [n] holds the entries of Z.
-    """
+    of n D for n entries instead of B F D; z [n] holds the entries of Z."""
     def __init__(self, row, col, batch, d_sae):
         self.row, self.col, self.d_sae = row, col, d_sae
         self.row_starts = torch.searchsorted(row, torch.arange(batch, device=row.device))

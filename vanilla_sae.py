@@ -52,12 +52,10 @@ def parse_args(argv=None):
     add("--batch-size", type=data.count, default=2048, help="tokens a step, all processes; 2048")
     add("--lr", type=data.at_least(1e-9, float), help="peak rate; default falls with width, length")
     add("--warmup", type=data.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=data.count, help="silent for so many tokens is dead; default 10e6, at "
-                                              "most 1 %% of --tokens")
+    add("--dead-after", type=data.count, help="tokens of silence; default 10e6, or 1 %% if less")
     add("--seed", type=data.at_least(0), default=0, help="of weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
-    add("--bf16", action=argparse.BooleanOptionalAction,
-        help="bf16 matmuls, by autocast; default where the hardware is fast with it")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
@@ -115,8 +113,7 @@ class Active:
     """Where codes Z [B, F] may be non-zero: entry j is token row[j], latent col[j]; row ascends.
 
     Z itself is never built. Each method's docstring is the dense formula that it equals, at a cost
-    of n D for n entries instead of B F D; z [n] holds the entries of Z.
-    """
+    of n D for n entries instead of B F D; z [n] holds the entries of Z."""
     def __init__(self, row, col, batch, d_sae):
         self.row, self.col, self.d_sae = row, col, d_sae
         self.row_starts = torch.searchsorted(row, torch.arange(batch, device=row.device))

@@ -1,29 +1,29 @@
 """Matryoshka sparse autoencoder: nested dictionaries, the first latents for what is most common.
 
 Bussmann et al. 2025, 'Learning Multi-Level Features with Matryoshka Sparse Autoencoders', arXiv
-2503.17547; --balance: Chanin et al. 2025, arXiv 2505.11756; one level is BatchTopK: Bussmann et
-al. 2024, arXiv 2412.06410.
+2503.17547; --balance: Chanin et al. 2025, arXiv 2505.11756; with one level it is BatchTopK,
+Bussmann et al. 2024, arXiv 2412.06410.
 
-    pre   = (x - b_dec) @ W_enc + b_enc                   [B, F]
-    z     = relu(pre) where pre is among the k B largest of the batch, else 0: k on average
-    x_g   = z[:, :m_g] @ W_dec[:m_g] + b_dec              m_1 < ... < m_G = F, the --widths
-    loss  = sum_g balance^(G-g) mean_B |x - x_g|^2 + auxk_alpha * D * aux
-    aux   as in topk_sae.py, on the error of all latents, x - x_G, detached
-    trained:  z = relu(pre) where pre > threshold, which makes k latents active on held-out tokens
+    pre     = (x - b_dec) @ W_enc + b_enc                 [B, F]
+    z       = relu(pre) where pre is among the k B largest of the batch, else 0
+    x_hat_g = z[:, :m_g] @ W_dec[:m_g] + b_dec            m_1 < ... < m_G = F: the levels' --widths
+    loss    = sum_g balance^(G-g) mean_B |x - x_hat_g|^2 + auxk_alpha * D * aux
+    aux     as in topk_sae.py, on the error of all latents, x - x_hat_G, detached
+    trained:  z = relu(pre) where pre > threshold         k of them per held-out token, on average
 
-Departures from the papers (of 2503.17547 we read a text without formulas, and the listing; of
-2505.11756 the code and reviews):
-  - balance 1 is the listing's plain sum. (The authors' code takes the mean and adds the prefix of
-    no latents, dictionary_learning weighs by 1/G^2, SAELens gives each level k latents of its own.)
-    auxk_alpha is relative to the sum of the weights, which is printed at the start.
-  - --widths default to the shares of the paper's main run; --random-widths draws from Nabeshima's
-    law (matryoshka-saes, 2024), without its L1 and its sorting of latents.
-  - The threshold is a quantile of every other held-out token, exact there; a running mean of batch
-    minima is biased low. k need not be whole, and may be annealed (--k-start).
-  - Scaling, AuxK, initialisation, rate and clipping as in topk_sae.py.
+Departures from the papers (of the first we read a text without formulas, of the second the code):
+  - balance 1 is the listing's plain sum. The authors' repository takes the mean, with the prefix of
+    no latents; dictionary_learning, which the paper says it used, weighs levels by 1 / G^2; SAELens
+    chooses k latents anew in each level. Beside a sum of weights of 5, aux counts a fifth as much.
+  - One aux, for all latents (Chanin et al.: one a level); rows of W_dec have norm 1 (theirs: free).
+  - --widths default to the shares of the paper's main run. --random-widths draws the inner ones by
+    Nabeshima's law (matryoshka-saes, 2024), without the L1 penalty and sorting of latents there.
+  - The threshold is the exact quantile of every other held-out token, and results are of the rest;
+    the authors' running mean of batch minima starts at 0, and is low where batches differ.
+  - k may be annealed. Scaling, aux, initialisation, rate and clipping are those of topk_sae.py.
 
     python matryoshka_sae.py --layer 6                               # a language model, 2 CPU cores
-    python matryoshka_sae.py --model toy --toy tree-24 --k 2 --d-sae 24 --widths 4 24
+    python matryoshka_sae.py --model toy --toy tree-24 --k 2 --d-sae 24 --widths 3 6 12 24
     python matryoshka_sae.py --activations X.npy --k 5 --d-sae 256 --balance 0      # BatchTopK
     torchrun --nproc-per-node 8 matryoshka_sae.py --layer 6 --tokens 1e8 --batch-size 16384
 """
@@ -78,7 +78,7 @@ def parse_args(argv=None):
 
 class MatryoshkaSAE(nn.Module):
     """W_enc [D, F], b_enc [F], W_dec [F, D] with unit rows, b_dec [D], threshold [F]. In training
-    mode codes compete over the batch; in .eval() a latent is active above the threshold."""
+    mode the k B largest codes of x [B, D] stay, in .eval() those above the threshold."""
     unit_norm = True                                          # train_step keeps rows of W_dec so
 
     def __init__(self, d_in, d_sae, k):
@@ -98,7 +98,7 @@ class MatryoshkaSAE(nn.Module):
         if self.training:
             vals, at = pre.flatten().topk(round(self.k * len(pre)), sorted=False)
             return torch.zeros_like(pre).put_(at, vals.relu())               # (B, F)
-        return pre.relu() * (pre > self.threshold)
+        return pre * (pre > self.threshold)                                  # which is >= 0
 
     def encode(self, x):
         return self.activate(self.pre_acts(x))                               # (B, F)
@@ -123,27 +123,28 @@ class MatryoshkaSAE(nn.Module):
 # --- sparse codes ---------------------------------------------------------------------------------
 
 def top(pre, n):
-    """Where the n largest entries of pre [N] are, ascending; exactly. Chooses among those above a
-    threshold that a sample sets; among all of them on CUDA, and if the threshold left too few."""
-    sample, at = pre[::61], pre.new_empty(0)                  # the odd stride meets every latent
+    """Where the n largest entries of pre [N] are, ascending; exactly. They are sought above a
+    threshold that a sample sets; among all entries on CUDA, and where the sample misleads."""
+    sample, at = pre[::61], pre.new_empty(0)                  # a prime meets all latents, mostly
     rank = int(n / 61 + 4 * (n / 61) ** 0.5) + 4              # 4 standard deviations to be safe
     if rank < len(sample) and not pre.is_cuda:
         at = (pre > sample.topk(rank, sorted=False).values.min()).nonzero()[:, 0]
-    at = at[pre[at].topk(n, sorted=False).indices] if len(at) >= n else pre.topk(n).indices
-    return at.sort().values
+    if len(at) < n:
+        return pre.topk(n, sorted=False).indices.sort().values
+    return at[pre[at].topk(n, sorted=False).indices].sort().values
 
 def batch_top(pre, n):
-    """The n largest of pre [N] over all processes: values, where they are. Each process offers at
-    most twice its share, which of them are not among the n become 0."""
+    """The n largest of pre [N] over all processes: values, where they are. Each process offers a
+    bit more than twice its share, of which what is not among the n becomes 0; so it is exact for
+    two processes, and for more unless one holds over twice its share of the n."""
     world = data.world_size()
-    at = top(pre, n if world == 1 else min(2 * n // world, len(pre)))
+    at = top(pre, min(n, len(pre), 2 * n // world + 64))
     vals = pre[at]
     if world > 1:
-        offers = vals.new_zeros(world, len(vals), dtype=torch.float32)
+        offers = torch.zeros(world, len(at), device=pre.device)
         offers[data.rank()] = vals
-        best = data.all_reduce(offers, "sum").flatten().topk(n).indices
-        vals = vals * torch.zeros(offers.numel(), device=pre.device).index_fill_(
-            0, best, 1).view_as(offers)[data.rank()]
+        best = data.all_reduce(offers, "sum").flatten().topk(n, sorted=False).indices
+        vals *= torch.zeros_like(offers).put_(best, offers.new_ones(n))[data.rank()]
     return vals, at
 
 # [shared: sparse]
@@ -196,27 +197,28 @@ class Encode(torch.autograd.Function):
 class Nested(torch.autograd.Function):
     """sum_b sum_t w_bt |r_bt|^2 over the T + 1 different prefixes of a token, t = 0 .. T, exactly.
 
-    r_0 = x - b_dec, r_t = r_{t-1} - P_t, P_t: entries z of stage t times their rows d of W_dec; the
-    last, r_T = e, is given. Going back from it with R_t = sum_{s >= t} w_s r_s gives the gradients:
-    -2 <d, R_t> for z, -2 z R_t for d, -2 R_0 for b_dec; the value is <r_0, R_0> - sum z <d, R_t>.
-    `stages` is a list of Active, each of the next few tokens and of rows (token, t), so that no
-    more than they need, T D floats a token, is held at a time, and nothing of it until backward."""
+    r_0 = x - b_dec and r_t = r_{t-1} - P_t, where P_t is the sum of z d over the entries z that the
+    t-th prefix adds and their rows d of W_dec; the last, r_T = e, is given. Going back from it with
+    R_t = sum_{s >= t} w_s r_s gives the gradients, -2 <d, R_t> for z, -2 z R_t for d, -2 R_0 for
+    b_dec, and the value, <r_0, R_0> - sum z <d, R_t>. The batch comes in `pieces`, each the Active
+    of some tokens with rows token * T + t - 1: only of one piece at a time is there a P [., T, D],
+    and only the gradients are kept for backward."""
     @staticmethod
-    def forward(ctx, z, W_dec, b_dec, e, w, stages):
+    def forward(ctx, z, W_dec, b_dec, e, w, pieces):
         T, value, grad_z, grad_W, grad_b = w.shape[1] - 1, 0, [], 0, 0
-        entries = z.split([len(active.col) for active in stages])
-        tokens = [len(active.row_starts) // T for active in stages]
-        for active, v, r, w in zip(stages, entries, e.clone().split(tokens), w.split(tokens)):
+        entries = z.split([len(active.col) for active in pieces])
+        tokens = [len(active.row_starts) // T for active in pieces]
+        for active, v, r, weight in zip(pieces, entries, e.clone().split(tokens), w.split(tokens)):
             P = active.matmul(v, W_dec)                                      # (tokens T, D)
             R, P_t = torch.zeros_like(r), P.unflatten(0, (-1, T)).unbind(1)
             for t in range(T, 0, -1):
-                R.addcmul_(r, w[:, t, None])                                 # R_t
+                R.addcmul_(r, weight[:, t, None])                            # R_t
                 r += P_t[t - 1]                                              # r_{t-1}
                 P_t[t - 1].copy_(R)                                          # P_t has served
-            R.addcmul_(r, w[:, :1])                                          # R_0
+            R.addcmul_(r, weight[:, :1])                                     # R_0
             grad_z.append(active.entries(P, W_dec))
-            grad_W, grad_b = active.t_matmul(v, P) + grad_W, R.sum(0) + grad_b
-            value = (r * R).sum() - v @ grad_z[-1] + value
+            grad_W, grad_b = active.t_matmul(v, P).add_(grad_W), R.sum(0) + grad_b
+            value = (r * R).sum() - (v * grad_z[-1]).sum() + value
         ctx.save_for_backward(torch.cat(grad_z), grad_W, grad_b)
         return value
 
@@ -233,7 +235,7 @@ def loss_fn(sae, x, state, args):
     with torch.no_grad():
         vals, at = batch_top(sae.pre_acts(x).flatten(), state["n"])          # (n,), may be bf16
         active = Active(at // d_sae, at % d_sae, B, d_sae)
-        levels = copy.copy(active)                            # the same entries, in rows b G + g
+        levels = copy.copy(active)             # the same entries, in rows token * G + level - 1
         levels.row = active.row * G + torch.searchsorted(state["widths"], active.col, right=True)
         levels.row_starts = torch.searchsorted(levels.row, torch.arange(B * G, device=x.device))
     z = Encode.apply(vals, active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()
@@ -285,7 +287,7 @@ def k_at(step, args):
 
 def random_widths(step, args):
     """Without replacement, P(m) = sqrt(m / F) - sqrt((m - 1) / F); in order, and then F."""
-    p = torch.arange(args.d_sae).sqrt().diff()
+    p = torch.arange(args.d_sae, dtype=torch.float64).sqrt().diff()
     g = torch.Generator().manual_seed(args.seed * 10 ** 9 + step)
     inner = torch.multinomial(p, len(args.widths) - 1, generator=g) + 1
     return torch.tensor([*inner.sort().values, args.d_sae])
@@ -332,18 +334,19 @@ def train(args):
     torch.manual_seed(args.seed)
     # [/shared: start]
     args.auxk, args.k_start = args.auxk or D // 2, args.k_start or args.k
-    shares = 1, 3, 7, 15, 32
-    args.widths = args.widths or sorted({max(1, args.d_sae * i // 32) for i in shares})
-    if max(args.k, args.k_start) > args.d_sae or min(args.k, args.k_start) * args.batch_size < 1:
-        data.fail(f"--k {args.k:g}, --k-start {args.k_start:g}: need to be at most --d-sae "
-                  f"{args.d_sae}, and not less than one latent in a batch")
-    if args.widths != sorted(set(args.widths)) or args.widths[-1] != args.d_sae:
-        data.fail(f"--widths {' '.join(map(str, args.widths))}: need to increase and to end with "
-                  f"--d-sae, {args.d_sae}")
+    n = args.d_sae
+    args.widths = args.widths or sorted({max(1, n * i // 32) for i in (1, 3, 7, 15, 32)})
+    if max(args.k, args.k_start) > n or min(args.k, args.k_start) * args.batch_size < 1:
+        data.fail(f"--k {args.k:g}, --k-start {args.k_start:g}: give one a batch to --d-sae, {n}")
+    if args.widths != sorted(set(args.widths)) or args.widths[-1] != n:
+        data.fail(f"--widths {args.widths}: need to increase, and to end with --d-sae, {n}")
+    args.widths = args.widths if args.balance else [n]
+    if args.random_widths and len(args.widths) == 1:
+        data.fail("--random-widths: needs more than one level, and --balance above 0")
     weights = [args.balance ** n for n in reversed(range(len(args.widths)))]
     if data.rank() == 0:
         print(f"levels: widths {args.widths}, weights {weights}, whose sum is {sum(weights):g}")
-    sae = MatryoshkaSAE(D, args.d_sae, args.k).to(device)
+    sae = MatryoshkaSAE(D, n, args.k).to(device)
     state = dict(widths=torch.tensor(args.widths, device=device),
                  weights=torch.tensor([0.0, *weights], device=device))
     data.run_dir(args, "matryoshka")
@@ -370,8 +373,8 @@ def train(args):
             if halt:
                 log.halt(done, finite=bad.item() == 0)
     # [/shared: loop]
-    sae.set_threshold(source.heldout()[::2])
-    metrics = data.heldout_metrics(sae, source.heldout())
+    x = source.heldout()
+    metrics = data.heldout_metrics(sae.set_threshold(x[::2]), x[1::2])
     sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
     data.save_sae(args, "jumprelu", sae.state_dict(), source, log, metrics)
     return sae

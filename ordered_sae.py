@@ -27,7 +27,7 @@ import data
 
 CHECK_EVERY = 10        # steps between the times when the host looks at what the device has found
 BETAS = 0.9, 0.999      # of Adam
-MEMORY = 2 ** 24        # floats that the prefixes of some tokens may take at a time
+MEMORY = 2 ** 24        # floats of prefixes held at a time, or 2 F D if that is more
 
 # --- arguments ([shared: NAME] blocks are the same text in every variant's file) ------------------
 
@@ -159,27 +159,28 @@ class Encode(torch.autograd.Function):
 class Nested(torch.autograd.Function):
     """sum_b sum_t w_bt |r_bt|^2 over the T + 1 different prefixes of a token, t = 0 .. T, exactly.
 
-    r_0 = x - b_dec, r_t = r_{t-1} - P_t, P_t: entries z of stage t times their rows d of W_dec; the
-    last, r_T = e, is given. Going back from it with R_t = sum_{s >= t} w_s r_s gives the gradients:
-    -2 <d, R_t> for z, -2 z R_t for d, -2 R_0 for b_dec; the value is <r_0, R_0> - sum z <d, R_t>.
-    `stages` is a list of Active, each of the next few tokens and of rows (token, t), so that no
-    more than they need, T D floats a token, is held at a time, and nothing of it until backward."""
+    r_0 = x - b_dec and r_t = r_{t-1} - P_t, where P_t is the sum of z d over the entries z that the
+    t-th prefix adds and their rows d of W_dec; the last, r_T = e, is given. Going back from it with
+    R_t = sum_{s >= t} w_s r_s gives the gradients, -2 <d, R_t> for z, -2 z R_t for d, -2 R_0 for
+    b_dec, and the value, <r_0, R_0> - sum z <d, R_t>. The batch comes in `pieces`, each the Active
+    of some tokens with rows token * T + t - 1: only of one piece at a time is there a P [., T, D],
+    and only the gradients are kept for backward."""
     @staticmethod
-    def forward(ctx, z, W_dec, b_dec, e, w, stages):
+    def forward(ctx, z, W_dec, b_dec, e, w, pieces):
         T, value, grad_z, grad_W, grad_b = w.shape[1] - 1, 0, [], 0, 0
-        entries = z.split([len(active.col) for active in stages])
-        tokens = [len(active.row_starts) // T for active in stages]
-        for active, v, r, w in zip(stages, entries, e.clone().split(tokens), w.split(tokens)):
+        entries = z.split([len(active.col) for active in pieces])
+        tokens = [len(active.row_starts) // T for active in pieces]
+        for active, v, r, weight in zip(pieces, entries, e.clone().split(tokens), w.split(tokens)):
             P = active.matmul(v, W_dec)                                      # (tokens T, D)
             R, P_t = torch.zeros_like(r), P.unflatten(0, (-1, T)).unbind(1)
             for t in range(T, 0, -1):
-                R.addcmul_(r, w[:, t, None])                                 # R_t
+                R.addcmul_(r, weight[:, t, None])                            # R_t
                 r += P_t[t - 1]                                              # r_{t-1}
                 P_t[t - 1].copy_(R)                                          # P_t has served
-            R.addcmul_(r, w[:, :1])                                          # R_0
+            R.addcmul_(r, weight[:, :1])                                     # R_0
             grad_z.append(active.entries(P, W_dec))
-            grad_W, grad_b = active.t_matmul(v, P) + grad_W, R.sum(0) + grad_b
-            value = (r * R).sum() - v @ grad_z[-1] + value
+            grad_W, grad_b = active.t_matmul(v, P).add_(grad_W), R.sum(0) + grad_b
+            value = (r * R).sum() - (v * grad_z[-1]).sum() + value
         ctx.save_for_backward(torch.cat(grad_z), grad_W, grad_b)
         return value
 
@@ -191,11 +192,11 @@ class Nested(torch.autograd.Function):
 # --- loss -----------------------------------------------------------------------------------------
 
 def survival(args):
-    """P(l > j) [F] under p for latents j = 0 .. F - 1: the weight of a latent in the loss."""
+    """P(l > j) [F] for latents j = 0 .. F - 1: the share of the loss that latent j is part of."""
     l = torch.arange(1, args.d_sae + 1, dtype=torch.float64)
     p = torch.ones_like(l) if args.prefix_law == "uniform" else 1 / l
     if args.prefix_law == "groups":
-        p = sum((l == max(1, args.d_sae * i // 32)).double() for i in (1, 3, 7, 15, 32))
+        p = sum(l == max(1, args.d_sae * i // 32) for i in (1, 3, 7, 15, 32)).clamp(max=1).double()
     p = (1 - args.full_share) * p / p.sum()
     p[-1] += args.full_share
     return p.flip(0).cumsum(0).flip(0)
@@ -210,12 +211,12 @@ def loss_fn(sae, x, state, args):
         active = Active(row // k, idx.flatten(), B, d_sae)
         S = F.pad(state["survival"][idx], (1, 0), value=1.0)                 # (B, k + 1)
         w = S - F.pad(S[:, 1:], (0, 1))                       # P(the prefix holds t of the k)
-        stages = [Active(row[:c.numel()], c.flatten(), c.numel(), d_sae)
-                  for c in idx.split(max(1, MEMORY // (k * D)))]
+        pieces = [Active(row[:some.numel()], some.flatten(), some.numel(), d_sae)
+                  for some in idx.split(max(1, max(MEMORY, 2 * d_sae * D) // (k * D)))]
     vals = vals.gather(1, order).flatten()
     z = Encode.apply(vals, active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()
     e = (x - sae.b_dec - active.matmul(z, sae.W_dec)).detach()               # (B, D)
-    loss = Nested.apply(z, sae.W_dec, sae.b_dec, e, w, stages) / B
+    loss = Nested.apply(z, sae.W_dec, sae.b_dec, e, w, pieces) / B
     mse, dead = e.pow(2).sum() / B, state["dead"]
     aux = torch.zeros_like(mse)
     if len(dead) and args.auxk_alpha:
@@ -262,6 +263,8 @@ def k_at(step, args):
 def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
     state["k"] = round(k_at(step, args))
+    if args.compile:                                          # a graph for one k, the last
+        torch.compiler.set_stance("default" if state["k"] == args.k else "force_eager")
     burn_in, frozen = (args.sweep or 1) * args.steps, 0       # latents below `frozen` stay put
     if step > burn_in:
         frozen = int((step - burn_in) * args.d_sae / (args.steps - burn_in))

@@ -183,6 +183,7 @@ def report(label, seed, sae, results, toy):
           f"{gamma(sae, toy):.3f}, MCC {mcc(Toy.preset(toy).features, sae.W_dec):.3f}, dead "
           f"{results['dead']:.1%}")
 
+@pytest.mark.claims
 @pytest.mark.parametrize("seed", SEEDS)
 def test_recovery_has_a_band(seed):
     """Claim: on 'flat' L1 finds the features at --l1 1, MMCS (truth to learned) at least .95, and
@@ -203,6 +204,7 @@ def test_recovery_has_a_band(seed):
     print(f"MMCS of the controls, seed {seed}: {others}")
     assert score[1.0] >= 0.95 and max(score[0.03], score[30.0], *others.values()) <= 0.6
 
+@pytest.mark.claims
 @pytest.mark.parametrize("target", [5, 7, 10])
 def test_shrinkage_and_its_cure(target):
     """Claim: at L0 matched within 5 %, the L1 SAE shrinks (gamma below .9) and the gated one does not
@@ -216,6 +218,7 @@ def test_shrinkage_and_its_cure(target):
         assert gamma(vanilla, f"flat:{seed}") < 0.9 and abs(gamma(gated, f"flat:{seed}") - 1) < 0.02
         assert b["fvu"] < a["fvu"]
 
+@pytest.mark.claims
 def test_p_annealing():
     """Claim: with p annealed to .2, FVU is lower than that of plain L1 at an L0 that is no higher,
     and gamma, below .8 there, is within .06 of 1. For every seed."""
@@ -228,6 +231,7 @@ def test_p_annealing():
         assert b["l0"] <= 1.01 * a["l0"] and b["fvu"] < a["fvu"]
         assert gamma(plain, f"flat:{seed}") < 0.8 and abs(gamma(annealed, f"flat:{seed}") - 1) < 0.06
 
+@pytest.mark.claims
 def test_freezing_the_decoder_in_the_auxiliary_loss(monkeypatch):
     """Claim (the paper's ablation): with twice as many latents as there are features, and at an L0
     that is no lower, an auxiliary loss that also trains W_dec and b_dec has an FVU at least 2 %
@@ -245,6 +249,7 @@ def test_freezing_the_decoder_in_the_auxiliary_loss(monkeypatch):
         report("unfrozen", seed, other, b, f"flat:{seed}")
         assert a["l0"] <= 1.01 * b["l0"] and b["fvu"] >= 1.02 * a["fvu"]
 
+@pytest.mark.claims
 def test_tied_sae_recovers_the_toy_of_sharkey():
     """Claim: --tied --l1 1 finds the features of 'sharkey' (512 in 256 dimensions, frequencies that
     fall 140-fold): mean MMCS at least .93 both from truth to learned and from learned to truth.

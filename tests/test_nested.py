@@ -3,6 +3,7 @@
 Each claim below was written down, with its margin and its control, before it was run on the seeds
 here (10 and up); the settings of both scripts were chosen on seeds 0 to 4.
 """
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -74,7 +75,8 @@ def test_ordered_loss_equals_the_loop_over_all_prefixes(prefix_law, full_share, 
     assert torch.equal(fired > 0, (sae.encode(x) > 1e-3).any(0))
     if full_share == 1:
         assert torch.allclose(loss, terms["mse"])
-    monkeypatch.setattr(ordered_sae, "MEMORY", 3 * k * D)     # pieces of three tokens, and of two
+    monkeypatch.setattr(ordered_sae, "MEMORY", 0)             # the smallest pieces, 2 F D floats
+    x = torch.cat([x, x + 1, 2 * x])[:50]                     # for k = 4: of 20, 20 and 10 tokens
     compare(sae, ordered_sae.loss_fn(sae, x, state, args)[0], naive_loss(sae, x, sae.encode(x), p))
 
 def matryoshka_state(widths, balance, n):
@@ -130,14 +132,47 @@ def test_auxk_reconstructs_the_error_of_all_latents(cls):
     without = script.loss_fn(sae, x, dict(state, dead=state["dead"][:0]), args)[0]
     compare(sae, with_dead, without + 0.7 * D * aux)
 
+@pytest.mark.parametrize("cls", [OrderedSAE, MatryoshkaSAE])
+def test_in_bf16_the_loss_is_still_a_float32_sum(cls):
+    """Under autocast, with the full width alone, loss and mse are the same number."""
+    sae, x = random_case(cls, 4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        if cls is OrderedSAE:
+            state, args = ordered_state("uniform", 1, 4)
+            _, terms, _ = ordered_sae.loss_fn(sae, x, dict(state, survival=state["survival"].float()), args)
+        else:
+            state = matryoshka_state([40], 1, 4 * B)
+            state["weights"] = state["weights"].float()
+            _, terms, _ = matryoshka_sae.loss_fn(sae, x, state, Namespace(auxk_alpha=0))
+    assert terms["loss"].dtype == torch.float32
+    assert torch.allclose(terms["loss"], terms["mse"], rtol=1e-5)
+
+def test_groups_law_is_that_of_matryoshka_for_any_width():
+    """Each different default width weighs the same, however few latents there are."""
+    for n in (1, 2, 10, 16, 40):
+        args = Namespace(d_sae=n, prefix_law="groups", full_share=0)
+        widths = sorted({max(1, n * i // 32) for i in (1, 3, 7, 15, 32)})
+        p = -torch.cat([ordered_sae.survival(args), torch.zeros(1)]).diff()
+        assert torch.allclose(p[[w - 1 for w in widths]], torch.tensor(1 / len(widths)).double())
+
+def test_compiles_only_the_last_k(tmp_path):
+    """With --compile the loss is compiled for the k that stays, not for each k on the way."""
+    if not any(map(shutil.which, data.COMPILERS)):
+        return                                                # tests/test_runs.py: it refuses then
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ordered_sae.train(ordered_sae.parse_args([
+        "--model", "toy", "--toy", "song", "--d-sae", "64", "--k", "3", "--batch-size", "64",
+        "--tokens", "6400", "--compile", "--out", str(tmp_path / "run")]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
 # --- the selection over a batch -------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(10, 7), (64, 200), (300, 1000), (512, 4096)])
-def test_selection_is_exact(shape, monkeypatch):
+def test_selection_is_exact(shape):
     """top() finds the values that torch.topk finds, with ties, in bf16, when most entries are 0, when
     columns differ a lot, and when the sample misleads: then it takes the long way."""
-    g = torch.Generator().manual_seed(1)
-    pre = torch.randn(*shape, generator=g)
+    pre = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     rare = torch.zeros(pre.numel())
     rare[torch.arange(1, pre.numel(), 61)] = 1.0                          # what the sample never sees
     for x in (pre, pre.bfloat16(), pre.round(), pre.relu(), pre * torch.arange(shape[1]), rare,
@@ -148,24 +183,34 @@ def test_selection_is_exact(shape, monkeypatch):
             assert len(at) == n and (at.diff() > 0).all()
             assert torch.equal(x[at].sort().values, x.topk(n).values.sort().values)
 
-def test_selection_over_processes(monkeypatch):
-    """Two processes choose, together, the n largest of both, ties included."""
+def test_selection_is_among_few(monkeypatch):
+    """Of a real batch's size, top() passes no more than 1.5 n entries to the selection."""
+    x, sizes, real = torch.randn(512 * 4096), [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **kw: sizes.append(len(t)) or real(t, *a, **kw))
+    matryoshka_sae.top(x, 32 * 512)
+    assert len(sizes) == 2 and sizes[0] == -(-len(x) // 61) and 32 * 512 <= sizes[1] <= 1.5 * 32 * 512
+
+@pytest.mark.parametrize("world, n", [(2, 1), (2, 24), (2, 60), (2, 480), (4, 1), (4, 100), (8, 3),
+                                      (8, 300), (8, 1900)])
+def test_selection_over_processes(world, n, monkeypatch):
+    """Processes choose, together, the n largest of all, ties included, though one has more than the
+    others."""
     torch.manual_seed(0)
-    pre = torch.randn(2, 6, 40).round(decimals=1)
-    pre[1] += 0.5
-    for n in (1, 24, 60, 240):
-        offers, chosen = {}, {}
-        def gather(tensor, op):
-            offers[data.rank()] = tensor.clone()
-            return sum(offers.values()) if len(offers) == 2 else tensor
-        monkeypatch.setattr(data, "world_size", lambda: 2)
-        monkeypatch.setattr(data, "all_reduce", gather)
-        for rank in (0, 1, 0):                                            # 0 again, now it sees both
-            monkeypatch.setattr(data, "rank", lambda: rank)
-            vals, at = matryoshka_sae.batch_top(pre[rank].flatten(), n)
-            chosen[rank] = vals[vals != 0]
-        assert torch.equal(torch.cat([chosen[0], chosen[1]]).sort().values,
-                           (lambda best: best[best != 0])(pre.flatten().topk(n).values).sort().values)
+    pre = torch.randn(world, 240).round(decimals=1)
+    pre[1] += 0.3
+    offers, chosen = {}, {}
+    def gather(tensor, op):
+        offers[data.rank()] = tensor.clone()
+        return sum(offers.values())
+    monkeypatch.setattr(data, "world_size", lambda: world)
+    monkeypatch.setattr(data, "all_reduce", gather)
+    for rank in [*range(world), *range(world)]:             # in the second round each sees all offers
+        monkeypatch.setattr(data, "rank", lambda: rank)
+        vals, at = matryoshka_sae.batch_top(pre[rank], n)
+        assert len(at) == min(n, 240, 2 * n // world + 64)
+        chosen[rank] = vals[vals != 0]
+    best = pre.flatten().topk(n).values
+    assert torch.equal(torch.cat(list(chosen.values())).sort().values, best[best != 0].sort().values)
 
 @pytest.mark.parametrize("k", [0.37, 3, 12.5, 39])
 def test_threshold_makes_l0_k(k):
@@ -181,13 +226,16 @@ def test_threshold_makes_l0_k(k):
     assert (sae.threshold == sae.threshold[0]).all()
 
 def test_random_widths():
-    """Distinct, increasing, ending with F; a function of seed and step; small widths more often."""
+    """Distinct, increasing, ending with F; a function of seed and step; P(m <= q F) = sqrt(q)."""
     args = Namespace(d_sae=100, widths=[1, 2, 3, 4, 100], seed=3)
     draws = [matryoshka_sae.random_widths(step, args).tolist() for step in range(300)]
     assert all(d == sorted(set(d)) and d[-1] == 100 and d[0] >= 1 and len(d) == 5 for d in draws)
     assert draws[7] == matryoshka_sae.random_widths(7, args).tolist() != draws[8]
-    inner = torch.tensor(draws)[:, :-1]
-    assert (inner <= 25).float().mean() > 0.4                 # sqrt(.25) = .5, less what is taken out
+    args.widths = [1, 100]
+    inner = torch.tensor([matryoshka_sae.random_widths(step, args)[0] for step in range(2000)])
+    for m in (4, 25, 64):
+        expected = (m / 99) ** 0.5
+        assert abs((inner <= m).float().mean() - expected) < 3 * (expected * (1 - expected) / 2000) ** 0.5
 
 # --- the order of training ------------------------------------------------------------------------
 

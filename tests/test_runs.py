@@ -150,10 +150,11 @@ def test_resume_of_another_script(tmp_path, one_line):
     toy_run("vanilla", tmp_path / "run")
     one_line(lambda: toy_run("gated", tmp_path / "run", "--resume"), "--resume", "another script")
 
-@each_variant
-def test_resumes_from_a_save_between_checks(variant, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant, flags", [*((v, []) for v in VARIANTS),
+                                            ("matryoshka", ["--random-widths"])])
+def test_resumes_from_a_save_between_checks(variant, flags, tmp_path, monkeypatch):
     """Killed without warning after step 17: the save of step 14, between two checks, is exact."""
-    whole = toy_run(variant, tmp_path / "whole")
+    whole = toy_run(variant, tmp_path / "whole", *flags)
     real, calls = script(variant).train_step, []
     def step(*a, **kw):
         calls.append(1)
@@ -162,9 +163,10 @@ def test_resumes_from_a_save_between_checks(variant, tmp_path, monkeypatch):
         return real(*a, **kw)
     with monkeypatch.context() as m, pytest.raises(MemoryError):
         m.setattr(script(variant), "train_step", step)
-        toy_run(variant, tmp_path / "cut", "--save-every", 7, "--log-every", 1)
+        toy_run(variant, tmp_path / "cut", "--save-every", 7, "--log-every", 1, *flags)
     assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 14
-    again = lambda: toy_run(variant, tmp_path / "cut", "--resume", "--save-every", 7, "--log-every", 1)
+    again = lambda: toy_run(variant, tmp_path / "cut", "--resume", "--save-every", 7, "--log-every", 1,
+                            *flags)
     assert equal(whole, again())
     steps = [json.loads(line)["step"] for line in open(tmp_path / "cut/metrics.jsonl")]
     assert steps == list(range(1, 31))
@@ -248,7 +250,7 @@ def test_no_host_synchronisation_in_a_step(variant):
     m, flags = script(variant), ["--batch-size", 512, "--d-sae", 8192, "--bf16"]
     flags += ["--k", 8, "--auxk", 8] if variant in TOPK else []
     args = m.parse_args([str(a) for a in flags])
-    args.steps, args.lr, args.warmup, args.l1_warmup, args.k_start = 100, 1e-3, 1, 1, 8
+    args.steps, args.lr, args.warmup, args.l1_warmup, args.k_start = 100, 1e-3, 1, 1, 16
     options = dict(k=8) if variant in TOPK else dict(tied=True) if variant == "tied" else {}
     sae, x = getattr(m, VARIANTS[variant][1])(64, 8192, **options).cuda(), torch.randn(512, 64).cuda()
     opt = data.adam(sae, 1e-3, m.BETAS)
@@ -264,6 +266,26 @@ def test_no_host_synchronisation_in_a_step(variant):
             m.train_step(sae, opt, x, state, step, args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("variant", sorted(TOPK))
+def test_cuda_loss_equals_the_cpu_s(variant):
+    """One batch, some latents dead: value and gradients on both devices."""
+    m, grads = script(variant), {}
+    args = Namespace(auxk=8, auxk_alpha=1 / 32)
+    torch.manual_seed(0)
+    sae, x = getattr(m, VARIANTS[variant][1])(64, 1024, 8), torch.randn(512, 64)
+    state = dict(dead=torch.arange(0, 1024, 9), k=8, n=8 * 512, widths=torch.tensor([100, 1024]),
+                 weights=torch.tensor([0.0, 1.0, 1.0]), survival=torch.linspace(1, 0.5, 1024))
+    for device in ("cpu", "cuda"):
+        sae = sae.to(device)
+        sae.zero_grad()
+        state = {n: v.to(device) if torch.is_tensor(v) else v for n, v in state.items()}
+        loss = m.loss_fn(sae, x.to(device), state, args)[0]
+        loss.backward()
+        grads[device] = [loss.detach().cpu(), *(p.grad.cpu() for p in sae.parameters())]
+    for a, b in zip(*grads.values()):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max())
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("variant", ["topk", "matryoshka", "ordered", "vanilla", "gated"])
@@ -339,14 +361,17 @@ def test_bad_values_of_the_penalty_flags(variant, flag, value, word, tmp_path, o
     ("matryoshka", "--widths", "20 10 200", "increase"), ("matryoshka", "--widths", "20 20 200", "increase"),
     ("matryoshka", "--widths", "20 100", "--d-sae"), ("matryoshka", "--widths", "0 200", "at least 1"),
     ("matryoshka", "--balance", "-0.1", "at least 0"), ("matryoshka", "--balance", "inf", "at least 0"),
-    ("matryoshka", "--k", "0.001", "not less than one"), ("matryoshka", "--k", "201", "--d-sae"),
+    ("matryoshka", "--k", "0.001", "one a batch"), ("matryoshka", "--k", "201", "--d-sae"),
     ("matryoshka", "--k-start", "201", "--d-sae"), ("matryoshka", "--k", "nan", "at least"),
+    ("matryoshka", "--widths", "200 --random-widths", "more than one"),
+    ("matryoshka", "--balance", "0 --random-widths", "--balance above 0"),
     ("ordered", "--k", "201", "--d-sae"), ("ordered", "--k", "2.5", "whole"),
     ("ordered", "--k-start", "201", "--d-sae"), ("ordered", "--k-anneal", "0", "above 0"),
     ("ordered", "--full-share", "1.5", "at most 1"), ("ordered", "--full-share", "-1", "at least 0"),
     ("ordered", "--prefix-law", "pareto", "uniform"), ("ordered", "--sweep", "2", "at most 1")])
 def test_bad_values_of_the_nested_flags(variant, flag, value, word, tmp_path, one_line):
-    one_line(lambda: toy_run(variant, tmp_path / "run", flag, *value.split()), flag, word)
+    flag_named = "--random-widths" if "--random-widths" in value else flag
+    one_line(lambda: toy_run(variant, tmp_path / "run", flag, *value.split()), flag_named, word)
     assert not (tmp_path / "run").exists()
 
 def test_defaults_follow_their_rules():

@@ -96,7 +96,8 @@ class Ours(Peer):
         self.state = dict(tokens_since_fired=since, dead=since.nonzero()[:, 0])
         if dead:
             self.state["dead"] = torch.arange(F)[:: round(1 / dead)]
-        args.k_start = getattr(args, "k_start", None) or k     # ordered: annealed only if flags say so
+        if variant in K_VARIANTS:                                         # as in its train()
+            args.k_start = getattr(args, "k_start", None) or (min(8 * k, F) if variant == "ordered" else k)
         if variant in ("batchtopk", "matryoshka"):
             args.widths = widths(F) if variant == "matryoshka" else [F]
             self.state.update(widths=torch.tensor(args.widths),

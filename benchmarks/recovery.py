@@ -168,7 +168,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="topk", choices=["topk", "batchtopk", "matryoshka",
-                                                                       "vanilla", "gated"])
+                                                                       "ordered", "vanilla", "gated"])
     parser.add_argument("--sweep", action="store_true", help="our learning rates, no peers")
     parser.add_argument("--only", nargs="+", default=[r[0] for r in ROWS], help="these libraries")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)

@@ -45,7 +45,8 @@ PRECISIONS = ("fp32", "fp32-onednn", "bf16")
 NAMES = ("ours", "sae-lens", "dictionary-learning", "sparsify", "overcomplete")
 ROWS = [(name, {}) for name in NAMES] + [(name, {"dead": 0.05}) for name in NAMES[:4]]
 K_ROWS = {"batchtopk": [(n, {}) for n in NAMES if n != "sparsify"],
-          "matryoshka": [(n, {}) for n in NAMES[:3]], "ordered": [("ours", {}), ("ours", {"as": "topk"})]}
+          "matryoshka": [(n, {}) for n in NAMES[:3]],
+          "ordered": [("ours", {"flags": ["--k-start", "32"]}), ("ours", {"as": "topk"})]}
 L1_NAMES = {"vanilla": ("ours", "sae-lens", "dictionary-learning", "overcomplete"),
             "gated": ("ours", "sae-lens", "dictionary-learning")}
 L1_ROWS = {v: [(name, {"planted": planted}) for planted in (True, False) for name in names]
@@ -144,8 +145,8 @@ def table(variant, shape, precision, rows, results):
              for result in results]
     memory = [min(r["memory"] for r in result) if result else float("nan") for result in results]
     fastest = lambda same: max([s for (name, options), s in zip(rows, speed)
-                                if (name != "ours" and options == same or "as" in options) and s == s]
-                               or [float("nan")])
+                                if (name != "ours" and options == same or "as" in options)
+                                and s == s] or [float("nan")])
     lines = [f"**{variant}, {shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
              "| | tokens/s | to the fastest peer | peak memory, MB |", "|---|--:|--:|--:|"]
     for (name, options), result, s, m in zip(rows, results, speed, memory):

@@ -51,7 +51,8 @@ METHODS = {
     "Ordered, full share 0": ("ordered", "--k 5 --full-share 0"),
     "Ordered, full share .25": ("ordered", "--k 5 --full-share 0.25"),
     "Ordered, sweep from half of the run on": ("ordered", "--k 5 --sweep 0.5"),
-    "Ordered, k from 100, full share 0, sweep": ("ordered", "--k 5 --k-start 100 --full-share 0 --sweep 0.5")}
+    "Ordered, k from 100, full share 0, sweep": (
+        "ordered", "--k 5 --k-start 100 --full-share 0 --sweep 0.5")}
 
 def matched(a, b):
     """Of rows a and b: mean matched cosine; Spearman correlation of the matched indices, all, and those
@@ -84,9 +85,10 @@ def row(name, runs, truth):
     start = [mean((W[part] * W0[part]).sum(1).mean().item() for W, W0, _ in runs)
              for part in (slice(25), slice(75, 100))]
     r = {key: mean(run[2][key] for run in runs) for key in ("l0", "fvu", "dead")}
-    return (f"| {name} | {mean(stability):.3f} ({stdev(stability):.3f}) | {mean(agree):.3f} | {mean(order):.3f} "
-            f"({stdev(order):.3f}) | {mean(same):.3f} | {mean(first10):.2f} | {mean(first25):.2f} | {r['l0']:.2f} | "
-            f"{r['fvu']:.4f} | {r['dead']:.1%} | {start[0]:.2f}, {start[1]:.2f} |")
+    return (f"| {name} | {mean(stability):.3f} ({stdev(stability):.3f}) | {mean(agree):.3f} | "
+            f"{mean(order):.3f} ({stdev(order):.3f}) | {mean(same):.3f} | {mean(first10):.2f} | "
+            f"{mean(first25):.2f} | {r['l0']:.2f} | {r['fvu']:.4f} | {r['dead']:.1%} | "
+            f"{start[0]:.2f}, {start[1]:.2f} |")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,

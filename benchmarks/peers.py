@@ -8,9 +8,10 @@
         plant(W, bias)  W [F, D] becomes decoder and encoder, bias the encoder's (of the gate)
 
 lr None means the library's own default. dead=share: that share of the latents counts as dead at
-every step, so that AuxK is at work. 'matryoshka' has five levels, those of ours by default,
-for all. Libraries that only have a training loop run that loop in a thread, which takes one batch per step. Only one library per process: some need stand-ins for
-packages that they import and that their training step does not use.
+every step, so that AuxK is at work. 'matryoshka' has the same five levels for all, our default.
+Libraries that only have a training loop run that loop in a thread, which takes one batch per step.
+Only one library per process: some need stand-ins for packages that they import and that their
+training step does not use.
 """
 import importlib.util, os, queue, sys, tempfile, threading
 from pathlib import Path

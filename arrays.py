@@ -120,7 +120,7 @@ def open_array(args, device):
         fail(f"--activations {path}: {shards.n} rows are too few to train on")
     size = chunk_size(shards.n)
     order = np.random.default_rng(0).permutation(shards.n // size)
-    n_held = max(2, round(HELD_OUT * len(order)))
+    n_held = max(4, round(HELD_OUT * len(order)))
     is_train = np.zeros(len(order) + 1, bool)                # the last, broken chunk is not used
     is_train[order[n_held:]] = True
     mean, norm = statistics(shards, lambda rows: is_train[rows // size], f"--activations {path}")

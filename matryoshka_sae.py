@@ -9,7 +9,7 @@ Bussmann et al. 2024, arXiv 2412.06410.
     x_hat_g = z[:, :m_g] @ W_dec[:m_g] + b_dec            m_1 < ... < m_G = F: the levels' --widths
     loss    = sum_g balance^(G-g) mean_B |x - x_hat_g|^2 + auxk_alpha * D * aux
     aux     as in topk_sae.py, on the error of all latents, x - x_hat_G, detached
-    trained:  z = relu(pre) where pre > threshold         k of them per held-out token, on average
+    trained:  z = relu(pre) where pre > threshold         about k of them per held-out token
 
 Departures from the papers (of the first we read a text without formulas, of the second the code):
   - balance 1 is the listing's plain sum. The authors' repository takes the mean, with the prefix of
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--widths", type=data.count, nargs="+", help="latents of the first level, of the second, "
                           "...; the last has all; default: 1/32, 3/32, 7/32, 15/32 and 1 of them")
     add("--random-widths", action="store_true", help="draw all but the last anew in every step")
-    add("--balance", type=data.at_least(0, float), default=1.0, help="weight of each level over "
+    add("--balance", type=data.at_least(0, float, 100), default=1.0, help="weight of each level by "
                           "that of the next; 0: of the last alone, which is BatchTopK; default 1")
     add("--k-start", type=data.at_least(1e-3, float), help="k at the first step; default: --k")
     add("--k-anneal", type=data.share, default=0.2, help="share of the steps until k is --k; 0.2")
@@ -288,7 +288,7 @@ def k_at(step, args):
 def random_widths(step, args):
     """Without replacement, P(m) = sqrt(m / F) - sqrt((m - 1) / F); in order, and then F."""
     p = torch.arange(args.d_sae, dtype=torch.float64).sqrt().diff()
-    g = torch.Generator().manual_seed(args.seed * 10 ** 9 + step)
+    g = torch.Generator().manual_seed((args.seed * 10 ** 9 + step) % 2 ** 63)
     inner = torch.multinomial(p, len(args.widths) - 1, generator=g) + 1
     return torch.tensor([*inner.sort().values, args.d_sae])
 
@@ -333,17 +333,17 @@ def train(args):
     args.lr = args.lr or default_lr(args.d_sae, args.steps)
     torch.manual_seed(args.seed)
     # [/shared: start]
-    args.auxk, args.k_start = args.auxk or D // 2, args.k_start or args.k
-    n = args.d_sae
+    args.auxk, args.k_start, n = args.auxk or D // 2, args.k_start or args.k, args.d_sae
     args.widths = args.widths or sorted({max(1, n * i // 32) for i in (1, 3, 7, 15, 32)})
     if max(args.k, args.k_start) > n or min(args.k, args.k_start) * args.batch_size < 1:
-        data.fail(f"--k {args.k:g}, --k-start {args.k_start:g}: give one a batch to --d-sae, {n}")
+        data.fail(f"--k {args.k:g}, --k-start {args.k_start:g}: need to be at least one a batch, "
+                  f"1 / --batch-size, and at most --d-sae, {n}")
     if args.widths != sorted(set(args.widths)) or args.widths[-1] != n:
         data.fail(f"--widths {args.widths}: need to increase, and to end with --d-sae, {n}")
     args.widths = args.widths if args.balance else [n]
     if args.random_widths and len(args.widths) == 1:
         data.fail("--random-widths: needs more than one level, and --balance above 0")
-    weights = [args.balance ** n for n in reversed(range(len(args.widths)))]
+    weights = [args.balance ** g for g in reversed(range(len(args.widths)))]
     if data.rank() == 0:
         print(f"levels: widths {args.widths}, weights {weights}, whose sum is {sum(weights):g}")
     sae = MatryoshkaSAE(D, n, args.k).to(device)

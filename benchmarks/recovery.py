@@ -23,7 +23,8 @@ the L0 of each peer's best, at its default rate and at the best of the same rate
 (The vanilla table kept here is from a part of that command's runs; it says which.)
 
 MCC is the mean signed cosine of true and learned features under the best one-to-one matching;
-chance is that of random directions. L0, FVU and dead latents are of 65,536 held-out samples.
+chance is that of random directions. L0, FVU and dead latents are of 65,536 held-out samples; with a
+threshold (BatchTopK, Matryoshka) each library uses the one that it saves, and ours is set on half of them.
 """
 import argparse, contextlib, io, json, os, subprocess, sys, types
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,11 @@ def measure(name, options, task, lr, seed, variant="topk"):
         for step in range(STEPS):
             sae.step(source.batch(step))
     score, above = mcc(sae.decoder())
-    metrics = data.heldout_metrics(sae, source.heldout())
+    x = source.heldout()
+    if name == "ours" and hasattr(sae.sae, "set_threshold"):
+        sae.sae.set_threshold(x[::2])
+        x = x[1::2]
+    metrics = data.heldout_metrics(sae, x)
     chance = mcc(torch.randn(F, d, generator=torch.Generator().manual_seed(seed + 100)))[0]
     return dict(mcc=score, above=above, chance=chance, **metrics)
 

@@ -1,8 +1,5 @@
-"""matryoshka_sae.py and ordered_sae.py: the nested loss, the selection over a batch, five claims.
-
-Each claim below was written down, with its margin and its control, before it was run on the seeds
-here (10 and up); the settings of both scripts were chosen on seeds 0 to 4.
-"""
+"""matryoshka_sae.py and ordered_sae.py: the nested losses are exact (claim 1; tests/test_nested_claims.py
+has the others), and so are the selection over a batch, the threshold, annealing and sweeping."""
 import shutil
 from argparse import Namespace
 
@@ -164,7 +161,7 @@ def test_compiles_only_the_last_k(tmp_path):
     ordered_sae.train(ordered_sae.parse_args([
         "--model", "toy", "--toy", "song", "--d-sae", "64", "--k", "3", "--batch-size", "64",
         "--tokens", "6400", "--compile", "--out", str(tmp_path / "run")]))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 # --- the selection over a batch -------------------------------------------------------------------
 
@@ -262,4 +259,4 @@ def test_sweep_freezes_latents_in_order():
             old, new = before[name], sae.get_parameter(name)
             same = (old == new).all(0 if name == "W_enc" else 1) if old.dim() > 1 else old == new
             assert same[:frozen].all(), (step, name)
-            assert name == "b_enc" or step == 79 or not same[frozen:].all()
+            assert step == 79 or (~same[frozen:]).sum() >= (N - frozen) / 2

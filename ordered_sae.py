@@ -28,10 +28,10 @@ is no higher (.974) than that of TopK with the same annealing of k (.972); both 
 all beat its baselines' .50. The order is real, .76 (its .734; TopK 0). Five levels as in Matryoshka
 order, too (.75; its .12), the first ten latents better (.70 against .39); but at about equal weight
 on the full width all prefixes order more, at less error: .84 against .75, FVU .013 against .022
-(weights .25 and .2). Without annealing order is .50, over half of the run (at more cost) .83; with
-no extra weight on the full width it is .88, at less stability (.941). Sweeping adds error and
-nothing else. Of the laws uniform orders most (.76; zipf, groups .64), though not the first ten
-(.39; .68, .63), at the least error: hence the default.
+(weights .25 and .2). Without annealing order is .50, over half of the run .83, but on a language
+model annealing costs error (README); with no extra weight on the full width it is .88, at less
+stability (.941). Sweeping adds error and nothing else. Of the laws uniform orders most (.76; zipf,
+groups .64), though not the first ten (.39; .68, .63), at the least error: hence the default.
 
     python ordered_sae.py --layer 6                                  # a language model, 2 CPU cores
     python ordered_sae.py --model toy --toy zipf --k 5 --d-sae 100   # data with known features

@@ -135,7 +135,7 @@ def replacing(path, flag):
 # --- arguments ------------------------------------------------------------------------------------
 
 def at_least(least, kind=int, most=1e18):
-    """An argparse type: a number of at least that; whole ones may be written 2e6."""
+    """An argparse type: a number from `least` to `most`; whole ones may be written 2e6."""
     what = f"{'whole ' if kind is int else ''}number of at least {least}"
     what += f" and at most {most}" if most < 1e18 else ""
     def number(text):

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--batch-size", type=data.count, default=2048, help="tokens a step, all processes; 2048")
     add("--lr", type=data.at_least(1e-9, float), help="peak rate; default falls with width, length")
     add("--warmup", type=data.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=data.count, help="tokens of silence; default 10e6, or 1 %% if less")
+    add("--dead-after", type=data.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
     add("--seed", type=data.at_least(0), default=0, help="of weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
@@ -201,8 +201,8 @@ class Nested(torch.autograd.Function):
     t-th prefix adds and their rows d of W_dec; the last, r_T = e, is given. Going back from it with
     R_t = sum_{s >= t} w_s r_s gives the gradients, -2 <d, R_t> for z, -2 z R_t for d, -2 R_0 for
     b_dec, and the value, <r_0, R_0> - sum z <d, R_t>. The batch comes in `pieces`, each the Active
-    of some tokens with rows token * T + t - 1: only of one piece at a time is there a P [., T, D],
-    and only the gradients are kept for backward."""
+    of some tokens with rows token * T + t - 1: all P_t, T D floats a token, exist for one piece at
+    a time, and only the gradients are kept for backward."""
     @staticmethod
     def forward(ctx, z, W_dec, b_dec, e, w, pieces):
         T, value, grad_z, grad_W, grad_b = w.shape[1] - 1, 0, [], 0, 0

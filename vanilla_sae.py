@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--batch-size", type=data.count, default=2048, help="tokens a step, all processes; 2048")
     add("--lr", type=data.at_least(1e-9, float), help="peak rate; default falls with width, length")
     add("--warmup", type=data.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=data.count, help="tokens of silence; default 10e6, or 1 %% if less")
+    add("--dead-after", type=data.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
     add("--seed", type=data.at_least(0), default=0, help="of weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")

@@ -6,7 +6,7 @@
         --out benchmarks/results/recovery-vanilla.md
     python benchmarks/recovery.py --variant gated --out benchmarks/results/recovery-gated.md
     python benchmarks/recovery.py --variant batchtopk --tasks flat --lrs 3e-3 1e-2 \\
-        --out benchmarks/results/recovery-batchtopk.md                     # and matryoshka, likewise
+        --out benchmarks/results/recovery-batchtopk.md                     # and matryoshka, ordered
 
 The data: 'flat' (256 features in 64 dimensions, about 5 active, F = 256, k = 5) and 'song' (Song et
 al. 2025: 32 features in 16 dimensions, exactly 3 active, F = 32, k = 3), 3000 steps of 1024 fresh

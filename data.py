@@ -325,22 +325,25 @@ class Log:
     def __call__(self, step, x, terms, lr, dead):
         """Log a step: terms averaged over processes, fvu = sum |e|^2 / sum |x|^2 of its batch (the
         training mean of x is 0), l0, share of dead latents, learning rate, tokens a second."""
-        values = all_reduce(torch.stack([*terms.values(), x.pow(2).sum(1).mean()])).tolist()
+        terms = dict(terms, power=x.pow(2).sum(1).mean())
+        values = all_reduce(torch.cat([term.flatten() for term in terms.values()]))
+        values = values.split([term.numel() for term in terms.values()])
         (before, then), self.mark = self.mark, (step, time.perf_counter())
-        terms = dict(zip(terms, values))
-        l0, fvu, batch = terms.pop("l0"), terms["mse"] / values[-1], self.args.batch_size
+        terms = {n: v.view_as(term).tolist() for (n, term), v in zip(terms.items(), values)}
+        l0, fvu, batch = terms.pop("l0"), terms["mse"] / terms.pop("power"), self.args.batch_size
         record = dict(step=step, tokens=step * batch, **terms, fvu=fvu, l0=l0, dead=dead, lr=lr,
                       tok_s=(step - before) * batch / (self.mark[1] - then))
         if rank() == 0:
             try:
                 with open(self.path, "a") as f:
-                    f.write(json.dumps({k: v if math.isfinite(v) else None
+                    f.write(json.dumps({k: v if np.isfinite(v).all() else None
                                         for k, v in record.items()}) + "\n")
             except OSError as err:
                 fail(f"--out: cannot write {self.path} ({err.strerror}); what was saved is intact")
             form = dict(step="{:5d}", fvu="{:.4f}", l0="{:.1f}", dead="{:.2%}", lr="{:.1e}",
                         tokens="{:,}", tok_s="{:,.0f}")
-            self.bar.write(" | ".join(f"{k} " + form.get(k, "{:.4g}").format(v)
+            self.bar.write(" | ".join(f"{k} " + (form.get(k, "{:.4g}").format(v) if np.ndim(v) == 0
+                                                 else " ".join(f"{u:.2g}" for u in v))
                                       for k, v in record.items()))
 
     def halt(self, step, finite):
@@ -360,7 +363,7 @@ def fold(tensors, source):
     Exact for every variant here, since all are positively homogeneous and encode x - b_dec:
     b_dec -> b_dec / scale + mean, other biases and thresholds -> / scale, directions stay.
     """
-    return {n: t if n in ("W_enc", "W_dec", "r_mag") else t / source.scale +
+    return {n: t if n in ("W_enc", "W_dec", "r_mag", "a") else t / source.scale +
             (source.mean if n == "b_dec" else 0) for n, t in tensors.items()}
 
 @torch.no_grad()

@@ -311,7 +311,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         if sae.unit_norm:
             W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
         state["tokens_since_fired"] += args.batch_size
-        state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "max") > 0, 0)
+        state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "sum") > 0, 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     for part, old in zip(parts, before):

@@ -175,6 +175,8 @@ PRESETS = {
                         unit_norm=True),
     "gba-imbalanced": lambda: dict(d=42, probs=torch.ones(128), exactly=(3, 20),
                                    magnitude=half_normal, unit_norm=True),
+    # ours, for groups of latents: half of the features fire ten times as often as the others
+    "two-rates": lambda: dict(d=42, probs=torch.tensor([0.04, 0.004]).repeat_interleave(64)),
     # Chanin et al. 2025 (2505.11756), feature hedging; 'balanced' is our reading: .15 given f0
     "hedging-independent": lambda: _children(0.2, alone=0.2),
     "hedging-hierarchical": lambda: _children(0.2, alone=0.0),

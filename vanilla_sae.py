@@ -242,11 +242,13 @@ def lr_at(step, args):
 
 def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
-    # [shared: before]
+    # [shared: switch]
     if step % CHECK_EVERY == 0:                                          # but here
         active = float(state["active"])                                  # per token
         state["sparse"] = active < args.d_sae / 20           # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
+    # [/shared: switch]
+    # [shared: before]
     p_now, p_next = p_at(step, args), p_at(step + 1, args)
     state["p"] = None if p_next == 1 else (x.new_full((), p_now), x.new_full((), p_next))
     state["weight"] = state["l1"] * min(1, (step + 1) / args.l1_warmup)
@@ -270,7 +272,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         if sae.unit_norm:
             W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
         state["tokens_since_fired"] += args.batch_size
-        state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "max") > 0, 0)
+        state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "sum") > 0, 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # [shared: after]

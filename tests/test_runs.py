@@ -19,14 +19,23 @@ from conftest import ROOT, mcc
 PENALTY = ["--l1", 30, "--l1-warmup", 3, "--target-l0", 3, "--p-end", 0.5, "--lr", 0.03]
 TIED = ["--tied", *PENALTY, "--lr", 0.1]
 K = ["--k", 3, "--auxk", 5]
+GBA = ["--groups", 3, "--high", 0.06, "--low", 0.01, "--bias-every", 3, "--gamma-down", 0.4]
 VARIANTS = {                      # script, class, architecture in SAELens, flags of toy_run
     "topk": ("topk_sae", "TopKSAE", "topk", K),
     "matryoshka": ("matryoshka_sae", "MatryoshkaSAE", "jumprelu", [*K, "--k-start", 6.5]),
     "ordered": ("ordered_sae", "OrderedSAE", "topk", [*K, "--k-start", 6, "--sweep", 0.8]),
     "vanilla": ("vanilla_sae", "VanillaSAE", "standard", PENALTY),
     "tied": ("vanilla_sae", "VanillaSAE", "standard", TIED),
-    "gated": ("gated_sae", "GatedSAE", "gated", PENALTY)}
-TOPK = {"topk", "matryoshka", "ordered"}         # with --k and AuxK; the others have a penalty
+    "gated": ("gated_sae", "GatedSAE", "gated", PENALTY),
+    "gba": ("gba_sae", "GBASAE", "jumprelu", GBA),
+    "gba-relu": ("gba_sae", "GBASAE", "standard", [*GBA, "--relu", "--train-b-dec"])}
+TOPK = {"topk", "matryoshka", "ordered"}                    # with --k and AuxK
+L1 = {"vanilla", "tied", "gated"}                           # with a penalty
+OPTIONS = {"tied": dict(tied=True), "gba-relu": dict(relu=True, train_b_dec=True)}      # of the class
+OPTIONS |= {variant: dict(k=3) for variant in TOPK}
+FLAGS = {"tied": ["--tied"], "gba-relu": ["--relu", "--train-b-dec"]} | {v: ["--k", 3] for v in TOPK}
+RECOVERS = {"topk": [], "matryoshka": ["--balance", 0], "ordered": ["--full-share", 0.9],
+            "vanilla": [], "gated": [], "gba": ["--groups", 1, "--high", 0.06]}
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def script(variant):
@@ -41,7 +50,7 @@ def toy_flags(variant):
 
 def toy_run(variant, out, *argv):
     """30 steps on the toy 'song', so wide that many latents count as dead at any time. Where there
-    is a penalty, codes are dense at first and sparse at the end."""
+    is a penalty or a ceiling, codes are dense at first and sparse at the end."""
     return run(variant, *toy_flags(variant), "--out", out, *argv)
 
 def equal(a, b):
@@ -55,14 +64,12 @@ def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
     path, _ = array
     m, cls, architecture, flags = script(variant), *VARIANTS[variant][1:]
     argv = ["--activations", path, "--d-sae", 32, "--tokens", 50_000, "--no-bf16", "--batch-size",
-            256, "--out", tmp_path / "run", *(["--k", 3] if variant in TOPK else [])]
-    argv += ["--tied"] if variant == "tied" else []
+            256, "--out", tmp_path / "run", *FLAGS.get(variant, [])]
     sae = run(variant, *argv)
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)["sae"]
     source = data.open_source(m.parse_args([str(a) for a in argv]), torch.device("cpu"))
     assert abs(source.mean.norm() - 120) < 10 and source.scale < 0.5           # far from 0 and 1
-    options = dict(k=3) if variant in TOPK else dict(tied=True) if variant == "tied" else {}
-    inner = getattr(m, cls)(16, 32, **options).eval()
+    inner = getattr(m, cls)(16, 32, **OPTIONS.get(variant, {})).eval()
     inner.load_state_dict(state)
     if variant == "matryoshka":
         assert sae.threshold[0] > 0
@@ -75,20 +82,22 @@ def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
         assert torch.allclose(outer.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
     shapes = {n: tuple(t.shape) for n, t in data.load_sae(tmp_path / "run")[1].items()}
     biases = ["b_gate", "b_mag", "r_mag"] if variant == "gated" else ["b_enc"]
-    biases += ["threshold"] if variant == "matryoshka" else []
+    biases += ["threshold"] if architecture == "jumprelu" else []
     assert shapes == dict({b: (32,) for b in biases}, W_enc=(16, 32), W_dec=(32, 16), b_dec=(16,))
     cfg = json.loads((tmp_path / "run/cfg.json").read_text())
     assert cfg["architecture"] == architecture and cfg["d_in"] == 16
     l0 = cfg["metadata"]["results"]["l0"]
     assert abs(l0 - 3) < 0.06 if variant in TOPK else l0 > 0
 
-@pytest.mark.parametrize("variant", ["topk", "matryoshka", "ordered", "vanilla", "gated"])
+def recovery_flags(variant):
+    flags = ["--d-sae", 32, "--k", 3] if variant in TOPK else ["--d-sae", 64]
+    return flags + (["--target-l0", 3.5] if variant in L1 else []) + RECOVERS[variant]
+
+@pytest.mark.parametrize("variant", RECOVERS)
 def test_user_array_recovers_its_features(variant, array, tmp_path):
     path, toy = array
-    flags = ["--d-sae", 32, "--k", 3] if variant in TOPK else ["--d-sae", 64, "--target-l0", 3.5]
-    flags += {"matryoshka": ["--balance", 0], "ordered": ["--full-share", 0.9]}.get(variant, [])
     sae = run(variant, "--activations", path, "--tokens", 1e6, "--batch-size", 512, "--out",
-              tmp_path / "run", *flags)
+              tmp_path / "run", *recovery_flags(variant))
     assert mcc(toy.features, sae.W_dec) >= (0.95 if variant in ("topk", "vanilla") else 0.9)
 
 @each_variant
@@ -98,9 +107,8 @@ def test_saelens_agrees(variant, array, tmp_path):
         return                                 # benchmarks/results/saelens.txt records runs of it
     from sae_lens import SAE
     path, _ = array
-    flags = ["--k", 3] if variant in TOPK else ["--tied"] if variant == "tied" else []
     run(variant, "--activations", path, "--d-sae", 32, "--tokens", 50_000, "--batch-size", 256,
-        "--out", tmp_path / "run", *flags)
+        "--out", tmp_path / "run", *FLAGS.get(variant, []))
     theirs, ours = SAE.load_from_disk(tmp_path / "run"), script(variant).load(tmp_path / "run")
     x = torch.from_numpy(np.load(path)[:500])
     with torch.no_grad():
@@ -116,7 +124,7 @@ def test_memory_layout_and_dtype_survive_training(variant, tmp_path):
     for matmuls, parameters stay float32."""
     sae = toy_run(variant, tmp_path / "run", "--bf16")
     assert all(p.dtype == torch.float32 for p in sae.parameters())
-    if variant != "tied":
+    if hasattr(sae, "W_enc"):
         assert sae.W_enc.shape == (16, 200) and sae.W_enc.T.is_contiguous()
 
 # --- interruptions --------------------------------------------------------------------------------
@@ -144,7 +152,8 @@ def test_resumed_equals_uninterrupted(variant, bf16, tmp_path, monkeypatch, caps
     assert read("whole") == read("cut")
     if variant not in TOPK:
         saved = torch.load(tmp_path / "whole/state.pt", weights_only=True)["state"]
-        assert saved["sparse"] and float(saved["p"][0]) == 0.5     # as for step 0 it never is
+        assert saved["sparse"]                                     # as for step 0 it never is
+        assert variant not in L1 or float(saved["p"][0]) == 0.5
 
 def test_resume_of_another_script(tmp_path, one_line):
     toy_run("vanilla", tmp_path / "run")
@@ -192,18 +201,17 @@ def test_two_processes_equal_one(variant, tmp_path):
     """torchrun with two processes gives the weights of one process at the same global batch. (p ends
     at .9 here: the gradient of z^.5 at z = 0 makes 1e-4 of the 1e-8 by which sums round apart.)"""
     argv = [str(a) for a in [*toy_flags(variant), "--tokens", 64 * 25, "--device", "cpu",
-                             "--log-every", 5, *([] if variant in TOPK else ["--p-end", 0.9])]]
+                             "--log-every", 5, *(["--p-end", 0.9] if variant in L1 else [])]]
     job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                           "--standalone", VARIANTS[variant][0] + ".py", *argv, "--out",
                           tmp_path / "two"], cwd=ROOT, text=True, capture_output=True,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert job.returncode == 0, job.stderr
-    one, two = run(variant, *argv, "--out", tmp_path / "one"), script(variant).load(tmp_path / "two")
-    for n, p in two.named_parameters():
-        if n != "W_enc" or variant != "tied":
-            other = one.get_parameter(n) if n != "b_dec" else one.b_dec
-            atol = 1e-5 if variant in TOPK else 1e-4
-            assert torch.allclose(p, other, atol=atol), (n, (p - other).abs().max())
+    run(variant, *argv, "--out", tmp_path / "one")
+    one, two = (data.load_sae(tmp_path / name)[1] for name in ("one", "two"))
+    for n, p in two.items():
+        atol = 1e-5 if variant in TOPK else 1e-4
+        assert torch.allclose(p, one[n], atol=atol), (n, (p - one[n]).abs().max())
     logs = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
             for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 5
@@ -222,7 +230,7 @@ def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monke
     one_line(lambda: toy_run(variant, tmp_path / "run", "--tokens", 64 * 50), "not finite", "step 40",
              "--lr")
     saved = torch.load(tmp_path / "run/state.pt", weights_only=True)
-    assert variant in TOPK or saved["state"]["sparse"] and saved["state"]["last_l0"] > 0.01
+    assert variant in TOPK or saved["state"]["sparse"] and saved["state"]["active"] > 0.01
     tensors = [*saved["sae"].values(), *(t for s in saved["opt"]["state"].values() for t in s.values()),
                *(t for t in saved["state"].values() if torch.is_tensor(t))]
     assert all(t.isfinite().all() for t in tensors)
@@ -234,7 +242,7 @@ def test_compile_changes_nothing_but_speed(variant, tmp_path, monkeypatch, one_l
     with monkeypatch.context() as m:
         m.setattr(data, "COMPILERS", ["no-such-compiler"])
         one_line(lambda: toy_run(variant, tmp_path / "c", "--compile"), "--compile", "compiler")
-    flags = [] if variant in TOPK else ["--p-end", 1 if variant == "gated" else 0.9]   # see above
+    flags = ["--p-end", 1 if variant == "gated" else 0.9] if variant in L1 else []     # see above
     plain = toy_run(variant, tmp_path / "a", *flags)
     compiled = toy_run(variant, tmp_path / "b", *flags, "--compile")
     for n, p in plain.named_parameters():
@@ -251,14 +259,18 @@ def test_no_host_synchronisation_in_a_step(variant):
     flags += ["--k", 8, "--auxk", 8] if variant in TOPK else []
     args = m.parse_args([str(a) for a in flags])
     args.steps, args.lr, args.warmup, args.l1_warmup, args.k_start = 100, 1e-3, 1, 1, 16
-    options = dict(k=8) if variant in TOPK else dict(tied=True) if variant == "tied" else {}
+    args.gamma_down = args.gamma_up = args.bias_every = 1
+    options = dict(k=8) if variant in TOPK else OPTIONS.get(variant, {})
     sae, x = getattr(m, VARIANTS[variant][1])(64, 8192, **options).cuda(), torch.randn(512, 64).cuda()
     opt = data.adam(sae, 1e-3, m.BETAS)
     state = dict(tokens_since_fired=torch.zeros(8192, dtype=torch.int64, device="cuda"),
                  dead=torch.arange(4000, device="cuda"), l1=torch.tensor(1.0, device="cuda"), active=9.0,
                  widths=torch.tensor([512, 8192], device="cuda"),
                  weights=torch.tensor([0.0, 1.0, 1.0], device="cuda"),
-                 survival=torch.linspace(1, 0.5, 8192, device="cuda"))
+                 survival=torch.linspace(1, 0.5, 8192, device="cuda"),
+                 target=torch.full((10,), 0.1, device="cuda"), size=torch.full((10,), 819, device="cuda"),
+                 group=torch.arange(8192, device="cuda") * 10 // 8192,
+                 count=torch.zeros(8192, device="cuda"), peak=torch.zeros(8192, device="cuda"))
     m.train_step(sae, opt, x, state, 0, args)                              # allocations, libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -288,13 +300,11 @@ def test_cuda_loss_equals_the_cpu_s(variant):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max())
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("variant", ["topk", "matryoshka", "ordered", "vanilla", "gated"])
+@pytest.mark.parametrize("variant", RECOVERS)
 def test_cuda_run_finds_the_features(variant, array, tmp_path):
     path, toy = array
-    flags = ["--d-sae", 32, "--k", 3] if variant in TOPK else ["--d-sae", 64, "--target-l0", 3.5]
-    flags += {"matryoshka": ["--balance", 0], "ordered": ["--full-share", 0.9]}.get(variant, [])
     sae = run(variant, "--activations", path, "--tokens", 1e6, "--batch-size", 512, "--device",
-              "cuda", "--out", tmp_path / "run", *flags)
+              "cuda", "--out", tmp_path / "run", *recovery_flags(variant))
     assert mcc(toy.features, sae.W_dec.cpu()) >= (0.95 if variant in ("topk", "vanilla") else 0.9)
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -304,7 +314,8 @@ CHANGES = {                       # flags that change the weights of toy_run, an
     "dead_after": 64, "seed": 1, "bf16": None, "k": 2, "auxk": 2, "auxk_alpha": 0.5,
     "l1": 5, "l1_warmup": 20, "target_l0": 20, "p_end": 0.3, "k_start": 10, "k_anneal": 0.5,
     "widths": [20, 200], "random_widths": None, "balance": 0.3, "prefix_law": "zipf",
-    "full_share": 0.2, "sweep": 0.3}
+    "full_share": 0.2, "sweep": 0.3, "groups": 2, "high": 0.2, "low": 0.002, "bias_every": 2,
+    "gamma_down": 0.2, "gamma_up": 0.0, "relu": None, "train_b_dec": None}
 ELSEWHERE = {                     # flags whose effect another test shows
     "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
     "out", "resume", "compile", "log_every", "save_every", "tied"}
@@ -319,7 +330,7 @@ def base(tmp_path_factory):
     return {v: (toy_run(v, outs[v]), outs[v]) for v in VARIANTS}
 
 @pytest.mark.parametrize("variant, flag", [(v, f) for v in VARIANTS for f in CHANGES
-                                           if f in flags_of(v)])
+                                           if f in flags_of(v) and (v != "gba-relu" or f == "toy")])
 def test_flag_takes_effect(variant, flag, base, tmp_path):
     value = CHANGES[flag]
     sae = toy_run(variant, tmp_path / "run", "--" + flag.replace("_", "-"),
@@ -338,7 +349,8 @@ def test_log_every_and_its_keys(variant, base, tmp_path):
     lines = lambda out: (out / "metrics.jsonl").read_text().splitlines()
     assert len(lines(base[variant][1])) == 3 and len(lines(tmp_path / "run")) == 30
     own = ["mse", "penalty", "aux", "l1", "gate_l0"] if variant == "gated" else \
-        ["mse", "aux"] if variant in TOPK else ["mse", "penalty", "l1"]
+        ["mse", "aux"] if variant in TOPK else ["mse", "penalty", "l1"] if variant in L1 else \
+        ["mse", "target", "freq"]
     assert list(json.loads(lines(base[variant][1])[0])) == [
         "step", "tokens", "loss", *own, "fvu", "l0", "dead",
         "lr", "tok_s"]

@@ -221,11 +221,14 @@ def loss_fn(sae, x, state, args):
     z = sae.a[col] * sae.phi(y, sae.b_enc[col])
     x_hat = decode(z, active, sae.W_dec) + sae.b_dec          # (B, D)
     mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
-    peak = y.detach().to(x.dtype).relu()                      # of each latent, at least 0: (F,)
-    peak = peak.amax(0) if active is None else x.new_zeros(len(sae.a)).scatter_reduce(
-        0, col, peak, "amax")
-    terms = dict(loss=mse, mse=mse, l0=(y > 0).sum() / len(x), peak=peak)
+    terms = dict(loss=mse, mse=mse, l0=(y > 0).sum() / len(x), peak=peaks(y.detach(), active))
     return mse * fits, terms, fired(y > 0, active)
+
+def peaks(y, active):
+    """The largest y of each latent, at least 0: [F]."""
+    y = y.float().relu()
+    return y.amax(0) if active is None else y.new_zeros(active.d_sae).scatter_reduce(
+        0, active.col, y, "amax")
 
 # --- bias adaptation ------------------------------------------------------------------------------
 
@@ -236,11 +239,26 @@ def targets(args):
             torch.arange(args.d_sae) * args.groups // args.d_sae)
 
 def adapt(b, q, r, p, group, args):
-    """Algorithm 2: the new biases [F]. b biases, q frequencies, r peaks of y, or 0, p targets [F]."""
+    """Algorithm 2: new biases [F] from biases b, frequencies q, peaks r of y (or 0), targets p."""
     total, alive = b.new_zeros(2, args.groups).index_add(1, group, torch.stack([r, (r > 0).to(r)]))
     r_mean = (total / alive.clamp_min(1))[group]                       # of those that fired at all
     return torch.where(q > p, b - args.gamma_down * r,
                        torch.where(q < EPS, (b + args.gamma_up * r_mean).clamp_max(0), b))
+
+def track(sae, fired, peak, ok, state, step, args):
+    """Add a batch to the statistics, unless it was bad, and adapt the biases when it is their time.
+    fired, peak [F] are of the global batch; returns how often each group fired [K]."""
+    group = state["group"]
+    state["count"] += torch.where(ok, fired, 0)
+    state["peak"] = torch.maximum(state["peak"], torch.where(ok, peak, 0))
+    state["active"] = torch.where(ok, fired.sum() / args.batch_size, state["active"])
+    if (step + 1) % args.bias_every == 0:
+        q, p = state["count"] / (args.bias_every * args.batch_size), state["target"][group]
+        sae.b_enc.copy_(adapt(sae.b_enc, q, state["peak"], p, group, args))
+        state["count"].zero_()
+        state["peak"].zero_()
+    on = torch.zeros_like(state["target"]).index_add_(0, group, fired)
+    return on / state["size"] / args.batch_size
 
 # --- training -------------------------------------------------------------------------------------
 
@@ -285,19 +303,10 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "sum") > 0, 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
-    with torch.no_grad():                                               # a bad batch changes nothing
-        ok, peak = opt.found_inf == 0, data.all_reduce(terms.pop("peak"), "max")
-        state["count"] += torch.where(ok, fired, 0)
-        state["peak"] = torch.maximum(state["peak"], torch.where(ok, peak, 0))
-        state["active"] = torch.where(ok, fired.sum() / args.batch_size, state["active"])
-        if (step + 1) % args.bias_every == 0:
-            q = state["count"] / (args.bias_every * args.batch_size)
-            p = state["target"][state["group"]]
-            sae.b_enc.copy_(adapt(sae.b_enc, q, state["peak"], p, state["group"], args))
-            state["count"].zero_()
-            state["peak"].zero_()
-        on = torch.zeros_like(state["target"]).index_add_(0, state["group"], fired)
-        terms.update(target=state["target"], freq=on / state["size"] / args.batch_size)
+    with torch.no_grad():                            # with the statistics of the same forward pass
+        peak = data.all_reduce(terms.pop("peak"), "max")
+        freq = track(sae, fired, peak, opt.found_inf == 0, state, step, args)
+    terms.update(target=state["target"], freq=freq)
     return terms
 
 def train(args):
@@ -354,8 +363,8 @@ def train(args):
     metrics = data.heldout_metrics(sae, x)
     q = sum((sae.encode(part) > 0).sum(0) for part in x.split(2048)).cpu() / len(x)
     over = (q > p + 3 * (p / len(x)).sqrt()).float()                    # beyond sampling error
-    metrics["groups"] = [dict(target=p[k].mean().item(), freq=q[k].mean().item(),
-                              over=over[k].mean().item()) for k in map(group.eq, range(args.groups))]
+    metrics["groups"] = [{name: v[group == k].mean().item() for name, v in dict(
+        target=p, freq=q, over=over).items()} for k in range(args.groups)]
     sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
     architecture = "standard" if args.relu else "jumprelu"
     data.save_sae(args, architecture, sae.tensors(), source, log, metrics)

@@ -1,31 +1,34 @@
-"""Group Bias Adaptation: biases alone hold each latent's frequency; no term of the loss is sparse.
+"""Group Bias Adaptation: only biases keep latents from firing too often; the loss has no such term.
 
 Chen et al. 2025, 'Taming Polysemanticity in LLMs: Provable Feature Recovery via Sparse
-Autoencoders', arXiv 2506.14002 (its first version); --groups 1 is the paper's Bias Adaptation.
+Autoencoders', arXiv 2506.14002; --groups 1 is the paper's Bias Adaptation.
 
     y     = (x - b_dec) @ W.T + b_enc                     [B, F], rows of W = W_dec have norm 1
     phi   = y - b_enc where y > 0, else 0                 JumpReLU; with --relu: relu(y)
     x_hat = (a * phi) @ W + b_dec                         [B, D], one scale a per latent
     loss  = mean_B |x - x_hat|^2                          no gradient for b_enc
-    Group k of K, F / K latents each, has the target p = high (low / high)^((k-1) / (K-1)).
+    Of K groups, about F / K latents each, the k-th has the target frequency
+        p = high (low / high)^((k - 1) / (K - 1))
     Every --bias-every steps, of all tokens since: q = how often y > 0, r = the largest y, or 0,
         b_enc <- b_enc - gamma_down * r                   where q > p: too often
-        b_enc <- min(b_enc + gamma_up * mean r, 0)        where q < EPS: dead; mean of its group
-  p is a ceiling: what fires less stays as it is, until it is dead; nothing else revives latents.
+        b_enc <- min(b_enc + gamma_up * mean r, 0)        where q < EPS: dead; mean of the r > 0
+  of its group. p is a ceiling: what fires less stays as it is; a dead latent has no other help.
 
 Departures from the paper (we read its project page with the algorithms, notes and reviews):
-  - As printed there, both steps of the bias end in a maximum; with max(b, 0) no bias is below 0. As
-    a reviewer says, the second is a minimum. The form of JumpReLU is inferred from the reviews.
-  - Every x has norm 1 there, and b_enc stays above -1, where no token reaches it. Here x is centred
-    and scaled by one number, as in all our files, and so folds into the saved weights; a norm per
-    token could not. The rule has no scale, and no floor is needed: for gamma_down <= 1 the step
-    down ends between b_enc and the largest u = y - b_enc, negated, which no norm exceeds.
-  - b_dec stays at the mean. Trained (--train-b-dec, as there), it can raise all y at once, which
-    undoes the biases: TODO.
-  - There: 50 steps of 512 tokens between updates, gamma 0.01, for 100M tokens. A run of ours makes
-    few such updates, so their defaults follow its length. EPS is not known; 'never' in practice.
-  - Squares are not halved. Adam without weight decay (theirs: AdamW, values not found; of unit rows
-    it would be a change of rate), rate, clipping to norm 1 and initialisation as in topk_sae.py.
+  - The algorithm, as printed, ends the second line too with a maximum: dead latents would jump to 0
+    or above. A minimum is meant, as a reviewer says. JumpReLU's form is inferred from the reviews.
+  - Inputs are normalised there, to norm 1 as we read it, and b_enc stays above -1. Here x is
+    centred and scaled by one number, which unlike a norm per token folds into the saved weights.
+    The rule works at any scale (r is of the strongest tokens) and, while b_dec is fixed, needs no
+    floor: with gamma_down <= 1 a step down ends between b_enc and -max(y - b_enc), of which none
+    is below -max|x - b_dec|.
+  - b_dec stays at the mean of the data. There it is trained (--train-b-dec): its gradient can raise
+    all y at once, and undo what the biases do. JumpReLU is as good with it; ReLU runs away from the
+    data and the features (benchmarks/results/bias.md), and no floor stops it here.
+  - There: 50 steps of 512 tokens between updates, gamma 0.01 (from notes), for 100M tokens. Short
+    runs have few such updates: our defaults follow the length. Their eps is unknown to us.
+  - Squares are not halved. Adam without weight decay (theirs: AdamW, values not found), rate,
+    clipping to norm 1 and initialisation as in topk_sae.py.
 
     python gba_sae.py --layer 6                                      # a language model, 2 CPU cores
     python gba_sae.py --model toy --toy gba --groups 1 --high 0.03 --d-sae 512 --batch-size 512
@@ -44,7 +47,7 @@ import data
 
 CHECK_EVERY = 10        # steps between the times when the host looks at what the device has found
 BETAS = 0.9, 0.999      # of Adam
-EPS = 1e-6              # a latent that fires less often than this is dead
+EPS = 1e-6              # a latent that fires less often is dead: in a million tokens, never
 
 # --- arguments ([shared: NAME] blocks are the same text in every variant's file) ------------------
 
@@ -70,7 +73,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("this variant").add_argument
     add("--groups", type=data.count, default=10, help="of latents; 1: Bias Adaptation; default 10")
     add("--high", type=data.share, default=0.1, help="target frequency of the first group; 0.1")
-    add("--low", type=data.share, default=1e-3, help="and of the last, if not the first; 0.001")
+    add("--low", type=data.share, default=1e-3, help="of the last, if there are several; 0.001")
     add("--bias-every", type=data.count, help="steps between updates of the biases; default: ten "
                                   "firings at the lowest target, at most a hundredth of all")
     add("--gamma-down", type=data.share, help="step of a bias, in peaks of its latent; default: 8 "
@@ -221,22 +224,30 @@ def loss_fn(sae, x, state, args):
     z = sae.a[col] * sae.phi(y, sae.b_enc[col])
     x_hat = decode(z, active, sae.W_dec) + sae.b_dec          # (B, D)
     mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
-    terms = dict(loss=mse, mse=mse, l0=(y > 0).sum() / len(x), peak=peaks(y.detach(), active))
-    return mse * fits, terms, fired(y > 0, active)
+    terms = dict(loss=mse, mse=mse, l0=(y > 0).sum() / len(x))
+    terms.update(peak=peaks(y.detach(), active), fits=torch.ones_like(mse) * fits)
+    return mse * fits, terms, fired(y > 0, active)            # any y > 0 counts
 
 def peaks(y, active):
-    """The largest y of each latent, at least 0: [F]."""
-    y = y.float().relu()
-    return y.amax(0) if active is None else y.new_zeros(active.d_sae).scatter_reduce(
-        0, active.col, y, "amax")
+    """The largest y of each latent, or 0: [F]."""
+    if active is None:
+        return y.amax(0).relu().float()
+    return y.new_zeros(active.d_sae).scatter_reduce(0, active.col, y, "amax")
 
 # --- bias adaptation ------------------------------------------------------------------------------
 
-def targets(args):
-    """Target frequency of each group [K], falling geometrically from --high to --low; group [F]."""
-    k = torch.arange(args.groups)
-    return (args.high * (args.low / args.high) ** (k / max(1, args.groups - 1)),
-            torch.arange(args.d_sae) * args.groups // args.d_sae)
+def start(args, device):
+    """Set the defaults that follow the run's length; returns target [K], group [F], statistics."""
+    k, K, group = torch.arange(args.groups), args.groups, torch.arange(args.d_sae) * args.groups
+    target, group = args.high * (args.low / args.high) ** (k / max(1, K - 1)), group // args.d_sae
+    tokens, most = 10 / target[-1].item(), max(1, args.steps // 100)    # at least 100 updates
+    args.bias_every = args.bias_every or min(most, math.ceil(tokens / args.batch_size))
+    gamma = min(1, max(0.01, 8 * args.bias_every / args.steps))
+    args.gamma_down = args.gamma_down or gamma
+    args.gamma_up = gamma if args.gamma_up is None else args.gamma_up
+    state = dict(target=target, group=group, size=group.bincount(), count=torch.zeros(args.d_sae),
+                 peak=torch.zeros(args.d_sae), seen=torch.zeros(()))
+    return {name: tensor.to(device) for name, tensor in state.items()} | dict(active=torch.inf)
 
 def adapt(b, q, r, p, group, args):
     """Algorithm 2: new biases [F] from biases b, frequencies q, peaks r of y (or 0), targets p."""
@@ -245,20 +256,26 @@ def adapt(b, q, r, p, group, args):
     return torch.where(q > p, b - args.gamma_down * r,
                        torch.where(q < EPS, (b + args.gamma_up * r_mean).clamp_max(0), b))
 
-def track(sae, fired, peak, ok, state, step, args):
-    """Add a batch to the statistics, unless it was bad, and adapt the biases when it is their time.
-    fired, peak [F] are of the global batch; returns how often each group fired [K]."""
-    group = state["group"]
-    state["count"] += torch.where(ok, fired, 0)
-    state["peak"] = torch.maximum(state["peak"], torch.where(ok, peak, 0))
-    state["active"] = torch.where(ok, fired.sum() / args.batch_size, state["active"])
+def track(sae, fired, peak, good, state, step, args):
+    """Add the global batch to the statistics, if good is 1 and not 0; adapt when it is time."""
+    state["seen"] += good * args.batch_size
+    state["count"] += torch.where(good > 0, fired, 0)
+    state["peak"] = torch.maximum(state["peak"], torch.where(good > 0, peak, 0))
     if (step + 1) % args.bias_every == 0:
-        q, p = state["count"] / (args.bias_every * args.batch_size), state["target"][group]
-        sae.b_enc.copy_(adapt(sae.b_enc, q, state["peak"], p, group, args))
-        state["count"].zero_()
-        state["peak"].zero_()
-    on = torch.zeros_like(state["target"]).index_add_(0, group, fired)
-    return on / state["size"] / args.batch_size
+        q, p = state["count"] / state["seen"].clamp_min(1), state["target"][state["group"]]
+        sae.b_enc.copy_(adapt(sae.b_enc, q, state["peak"], p, state["group"], args))
+        for name in ("seen", "count", "peak"):
+            state[name].zero_()
+
+@torch.no_grad()
+def heldout_groups(sae, x, state):
+    """Of each group: target, how often its latents fire on x [M, D], and the share of them that are
+    over the target by more than three standard errors, as if tokens were independent."""
+    q = sum((sae.encode(part) > 0).sum(0) for part in x.split(2048)) / len(x)
+    p = state["target"][state["group"]]
+    values = dict(target=p, freq=q, over=(q > p + 3 * (p * (1 - p) / len(x)).sqrt()).float())
+    return [{name: v[state["group"] == k].mean().item() for name, v in values.items()}
+            for k in range(len(state["target"]))]
 
 # --- training -------------------------------------------------------------------------------------
 
@@ -304,9 +321,12 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     with torch.no_grad():                            # with the statistics of the same forward pass
-        peak = data.all_reduce(terms.pop("peak"), "max")
-        freq = track(sae, fired, peak, opt.found_inf == 0, state, step, args)
-    terms.update(target=state["target"], freq=freq)
+        peak, good = data.all_reduce(terms.pop("peak"), "max"), 1 - opt.found_inf
+        state["active"] = torch.where(good > 0, fired.sum() / args.batch_size, state["active"])
+        good *= (data.all_reduce(terms.pop("fits")) == 1)
+        track(sae, fired, peak, good, state, step, args)
+        group_sum = torch.zeros_like(state["target"]).index_add_(0, state["group"], fired)
+    terms.update(target=state["target"], freq=group_sum / state["size"] / args.batch_size)
     return terms
 
 def train(args):
@@ -325,17 +345,11 @@ def train(args):
         data.fail(f"--low {args.low:g}: needs to be at most --high, {args.high:g}")
     if args.groups > args.d_sae:
         data.fail(f"--groups {args.groups}: needs to be at most --d-sae, {args.d_sae}")
-    p, group = targets(args)
-    most = max(1, args.steps // 100)                                    # for 100 updates at least
-    args.bias_every = args.bias_every or min(most, math.ceil(10 / p[-1] / args.batch_size))
-    gamma = min(1, max(0.01, 8 * args.bias_every / args.steps))
-    args.gamma_down = args.gamma_down or gamma
-    args.gamma_up = gamma if args.gamma_up is None else args.gamma_up
+    state = start(args, device)
+    if args.bias_every > args.steps:
+        data.fail(f"--bias-every {args.bias_every}: more than the {args.steps} steps of --tokens")
     sae = GBASAE(D, args.d_sae, args.relu, args.train_b_dec).to(device)
     data.run_dir(args, "gba")
-    state = dict(target=p, group=group, size=group.bincount(), count=torch.zeros(args.d_sae),
-                 peak=torch.zeros(args.d_sae))
-    state = {name: tensor.to(device) for name, tensor in state.items()} | dict(active=torch.inf)
     # [shared: loop]
     opt, first = data.adam(sae, args.lr, BETAS), 0
     state["tokens_since_fired"] = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
@@ -359,12 +373,9 @@ def train(args):
             if halt:
                 log.halt(done, finite=bad.item() == 0)
     # [/shared: loop]
-    x, p = source.heldout(), p[group]
+    x = source.heldout()
     metrics = data.heldout_metrics(sae, x)
-    q = sum((sae.encode(part) > 0).sum(0) for part in x.split(2048)).cpu() / len(x)
-    over = (q > p + 3 * (p / len(x)).sqrt()).float()                    # beyond sampling error
-    metrics["groups"] = [{name: v[group == k].mean().item() for name, v in dict(
-        target=p, freq=q, over=over).items()} for k in range(args.groups)]
+    metrics["groups"] = heldout_groups(sae, x, state)
     sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
     architecture = "standard" if args.relu else "jumprelu"
     data.save_sae(args, architecture, sae.tensors(), source, log, metrics)
@@ -376,7 +387,7 @@ def load(path):
     sae = GBASAE(cfg["d_in"], cfg["d_sae"], relu="threshold" not in t)
     a = (t["W_enc"].T * t["W_dec"]).sum(1)
     sae.load_state_dict(dict(a=a, W_dec=a.sign()[:, None] * t["W_dec"], b_dec=t["b_dec"],
-                             b_enc=(t["b_enc"] - t.get("threshold", 0)) / a.abs()))
+                             b_enc=(t["b_enc"] - t.get("threshold", 0)) / a.abs().clamp_min(1e-30)))
     return sae
 
 if __name__ == "__main__":

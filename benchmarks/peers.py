@@ -67,8 +67,9 @@ class Loop:
 class Peer:
     @torch.no_grad()
     def plant(self, W, bias):
-        """Of the libraries with W_enc [D, F] and W_dec [F, D]."""
-        self.sae.W_enc.copy_(W.T)
+        """Of the libraries with W_dec [F, D] and, unless it is tied, W_enc [D, F]."""
+        if hasattr(self.sae, "W_enc"):
+            self.sae.W_enc.copy_(W.T)
         self.sae.W_dec.copy_(W)
         getattr(self.sae, "b_enc" if hasattr(self.sae, "b_enc") else "b_gate").fill_(bias)
 
@@ -81,7 +82,8 @@ class Ours(Peer):
     def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead=0.0, flags=()):
         sys.path.insert(0, str(Path(__file__).parents[1]))
         script, cls = {"topk": ("topk_sae", "TopKSAE"), "vanilla": ("vanilla_sae", "VanillaSAE"),
-                       "gated": ("gated_sae", "GatedSAE"), "ordered": ("ordered_sae", "OrderedSAE")
+                       "gated": ("gated_sae", "GatedSAE"), "ordered": ("ordered_sae", "OrderedSAE"),
+                       "gba": ("gba_sae", "GBASAE")
                        }.get(variant, ("matryoshka_sae", "MatryoshkaSAE"))
         m = self.m = importlib.import_module(script)
         flags = ["--batch-size", batch, "--tokens", steps * batch, "--d-sae", F, *flags]
@@ -105,7 +107,9 @@ class Ours(Peer):
                               weights=torch.tensor([0.0] + [1.0] * len(args.widths)))
         if variant == "ordered":
             self.state["survival"] = m.survival(args).float()
-        if variant not in K_VARIANTS:
+        if variant == "gba":
+            self.state.update(m.start(args, "cpu"))
+        elif variant not in K_VARIANTS:
             args.l1_warmup = args.l1_warmup or max(1, steps // 20)
             self.state.update(l1=torch.tensor(args.l1), active=torch.inf)
 
@@ -328,7 +332,8 @@ LIBRARIES = {"ours": Ours, "dictionary-learning": DictionaryLearning, "sae-lens"
 VARIANTS = {"topk": list(LIBRARIES), "vanilla": ["ours", "sae-lens", "dictionary-learning", "overcomplete"],
             "gated": ["ours", "sae-lens", "dictionary-learning"],
             "batchtopk": ["ours", "sae-lens", "dictionary-learning", "overcomplete"],
-            "matryoshka": ["ours", "sae-lens", "dictionary-learning"], "ordered": ["ours"]}
+            "matryoshka": ["ours", "sae-lens", "dictionary-learning"], "ordered": ["ours"],
+            "gba": ["ours"]}
 
 def make(name, *args, **kw):
     return LIBRARIES[name](*args, **kw)

@@ -9,6 +9,7 @@ In the peers' environment (requirements.txt beside this file):
         --out benchmarks/results/speed-l1.md
     python benchmarks/speed.py --turns 2 --steps 4 --variants batchtopk matryoshka ordered \\
         --same-allocator --out benchmarks/results/speed-nested.md
+    python benchmarks/speed.py --turns 3 --steps 8 --variants gba --out benchmarks/results/speed-gba.md
 
 Each library runs its own training step on the same batches, set up as peers.py says, in a process
 of its own, on one thread, measured in CPU time (which other work on the machine disturbs less than
@@ -32,7 +33,9 @@ at which 32 latents fire per token; the rate is 1e-7, so that it stays there. In
 nothing is planted: the random weights of each library's start, of which about half fire.
 
 Nobody but us has 'ordered' (k not annealed, as it is after the first fifth of a run): it stands
-beside our own topk_sae.py.
+beside our own topk_sae.py. Nor 'gba': beside our vanilla_sae.py, planted like it; its biases adapt in
+every step (by nothing), where the default is every fifth here, and the share of the step that its
+statistics and their adaptation take is printed.
 """
 import argparse, datetime, itertools, json, os, platform, subprocess, sys, time
 from pathlib import Path
@@ -51,6 +54,9 @@ L1_NAMES = {"vanilla": ("ours", "sae-lens", "dictionary-learning", "overcomplete
             "gated": ("ours", "sae-lens", "dictionary-learning")}
 L1_ROWS = {v: [(name, {"planted": planted}) for planted in (True, False) for name in names]
            for v, names in L1_NAMES.items()}
+STILL = ["--bias-every", "1", "--gamma-down", "1e-9", "--gamma-up", "0"]
+L1_ROWS["gba"] = [("ours", {"planted": planted, **kind}) for planted in (True, False)
+                  for kind in ({"flags": STILL}, {"as": "vanilla"})]
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
@@ -79,12 +85,23 @@ def measure(name, variant, options, shape, precision, n, same_allocator):
         sae.plant(features, -pre.flatten().kthvalue(pre.numel() - 512 * 32).values)
     del features
     l0 = None if planted is None else (sae.encode(batches[0][:512]) > 0).sum().item() / 512
-    before, times = memory("VmRSS"), []
+    before, times, update = memory("VmRSS"), [], []
+    if variant == "gba":
+        sae.m.peaks, sae.m.track = timed(sae.m.peaks, update), timed(sae.m.track, update)
     for i in range(n + 2):
         start = time.process_time()
         sae.step(batches[i % 4])
         times.append(time.process_time() - start)
-    return dict(times=times[2:], memory=memory("VmHWM") - before, l0=l0)
+    return dict(times=times[2:], memory=memory("VmHWM") - before, l0=l0,
+                update=sum(update[4:]) / sum(times[2:]))
+
+def timed(function, seconds):
+    def call(*args):
+        start = time.process_time()
+        value = function(*args)
+        seconds.append(time.process_time() - start)
+        return value
+    return call
 
 def commit():
     git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True,
@@ -145,7 +162,8 @@ def table(variant, shape, precision, rows, results):
              for result in results]
     memory = [min(r["memory"] for r in result) if result else float("nan") for result in results]
     fastest = lambda same: max([s for (name, options), s in zip(rows, speed)
-                                if (name != "ours" and options == same or "as" in options)
+                                if (name != "ours" and options == same or "as" in options
+                                    and options.get("planted") == same.get("planted"))
                                 and s == s] or [float("nan")])
     lines = [f"**{variant}, {shape}**: D={d}, F={F}, k={k}, B={B}, {precision}", "",
              "| | tokens/s | to the fastest peer | peak memory, MB |", "|---|--:|--:|--:|"]
@@ -154,6 +172,8 @@ def table(variant, shape, precision, rows, results):
         label += f", {options['as']}" if "as" in options else ""
         if "planted" in options and result:
             label += f", {'trained' if options['planted'] else 'dense'} (L0 {result[0]['l0']:,.0f})"
+        if result and result[0]["update"]:
+            label += f", of which bias update {median([r['update'] for r in result]):.1%}"
         lines.append(f"| {label} | {s:,.0f} | {s / fastest(options):.2f} x | {m:,.0f} |")
     return lines + [""]
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import data
 import gba_sae
-from gba_sae import GBASAE, adapt, loss_fn, targets, train_step
+from gba_sae import GBASAE, adapt, loss_fn, start, train_step
+from toy import Toy
 
 # --- the loss -------------------------------------------------------------------------------------
 
@@ -99,15 +100,19 @@ def algorithm_2(buffer, b, p, groups, gamma_minus, gamma_plus, eps, last):
 @pytest.mark.parametrize("seed", range(5))
 def test_algorithm_2_on_random_statistics(seed):
     """Inputs and rows of norm 1, as the paper's: the same biases as its loop with its floor of -1, which
-    is why we need none. Low, in-between and dead latents occur, and a group whose latents are all dead."""
+    never acts. Busy, in-between and dead latents occur, some at the upper end 0, and a group of which
+    all are dead."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     x, W = F.normalize(draw(200, 6), dim=1), F.normalize(draw(45, 6), dim=1)
     args = Namespace(groups=4, d_sae=45, high=0.3, low=0.01, gamma_down=0.9, gamma_up=0.25)
-    p, group = targets(args)
+    args.batch_size, args.steps, args.bias_every = 1, 1, 1
+    state = start(args, "cpu")
+    p, group = state["target"], state["group"]
     b = -1.2 * torch.rand(45, generator=g, dtype=torch.float64).clamp(max=1 / 1.2)
     b[group == 2] = -1.0
     y = x @ W.T + b
+    b[5], y[:, 5] = -1e-3, -1e-3                       # dead, and one step from 0
     q, r = (y > 0).double().mean(0), y.amax(0).relu()
     members = [torch.nonzero(group == k)[:, 0].tolist() for k in range(4)]
     loop = lambda last: torch.tensor(algorithm_2(y.tolist(), b.tolist(), p.tolist(), members, 0.9, 0.25,
@@ -117,12 +122,19 @@ def test_algorithm_2_on_random_statistics(seed):
     lower, same = new < b, new == b
     assert lower.any() and (same & ~dead).any() and (dead & (new > b)).any() and same[group == 2].all()
     as_printed = loop(max)                             # a dead latent's bias would jump to 0 or above
-    assert (as_printed[dead] >= 0).all() and (new[dead] < 0).any()
+    assert (as_printed[dead] >= 0).all() and (new[dead] < 0).any() and new[5] == 0
     assert new.min() >= -1
 
+def test_dead_means_never():
+    """A latent that fires once in 10,000 tokens is not lifted; p itself is not too often."""
+    args = Namespace(groups=1, gamma_down=0.1, gamma_up=0.5)
+    b, q, r = torch.tensor([-1.0] * 4), torch.tensor([1e-4, 0.0, 0.25, 0.26]), torch.tensor([1.0, 0, 1, 1])
+    new = adapt(b, q, r, torch.full((4,), 0.25), torch.zeros(4, dtype=torch.int64), args)
+    assert new.tolist() == pytest.approx([-1, -0.5, -1, -1.1])
+
 def test_step_down_never_passes_the_largest_input():
-    """b - gamma_down (b + max u) lies between b and -max u, so b_enc >= -max |x| of all x ever seen,
-    with any inputs and gamma_down <= 1: the paper's floor (-1, with |x| = 1) would never act."""
+    """b - gamma_down (b + max u) lies between b and -max u, so b_enc >= -max |x - b_dec| of all x ever
+    seen, for a fixed b_dec and gamma_down <= 1: the paper's floor (-1, with |x| = 1) would not act."""
     torch.manual_seed(0)
     b, args, largest = torch.zeros(30), Namespace(groups=1, gamma_down=1.0, gamma_up=0.0), torch.zeros(())
     for _ in range(50):
@@ -135,30 +147,41 @@ def test_step_down_never_passes_the_largest_input():
 
 @pytest.mark.parametrize("groups, high, low, d_sae", [(10, 0.1, 1e-3, 4608), (4, 0.5, 0.5, 10), (1, 0.03, 1e-3, 7)])
 def test_targets_fall_geometrically(groups, high, low, d_sae):
-    p, group = targets(Namespace(groups=groups, high=high, low=low, d_sae=d_sae))
-    assert p.tolist() == pytest.approx([high * (low / high) ** (k / (groups - 1)) if k else high
-                                        for k in range(groups)])
-    size = group.bincount()
+    args = gba_sae.parse_args(f"--groups {groups} --high {high} --low {low} --d-sae {d_sae}".split())
+    args.steps = 976
+    state = start(args, "cpu")
+    assert state["target"].tolist() == pytest.approx([high * (low / high) ** (k / (groups - 1)) if k else high
+                                                      for k in range(groups)])
+    size, group = state["size"], state["group"]
     assert size.max() - size.min() <= 1 and size.sum() == d_sae and torch.equal(group, group.sort().values)
+
+@pytest.mark.parametrize("tokens, low, every, gamma", [(2e6, 1e-3, 5, 40 / 976), (2e6, 1e-4, 9, 72 / 976),
+                                                       (2e6, 0.1, 1, 0.01), (2e8, 1e-3, 5, 0.01)])
+def test_defaults_follow_the_length(tokens, low, every, gamma):
+    """An update when the lowest target means ten firings, but at least 100 updates; 8 gammas in all."""
+    args = gba_sae.parse_args(["--low", str(low), "--high", "0.1", "--d-sae", "100", "--gamma-up", "0"])
+    args.steps = int(tokens) // args.batch_size
+    start(args, "cpu")
+    assert (args.bias_every, args.gamma_down, args.gamma_up) == (every, pytest.approx(gamma), 0)
 
 # --- the step -------------------------------------------------------------------------------------
 
 def started(d_sae, *flags):
-    """SAE, Adam, args and state of train(), for steps by hand; weights stay put (rate 1e-12)."""
+    """SAE, Adam, state and args of train(), for steps by hand."""
     args = gba_sae.parse_args(["--batch-size", "64", "--no-bf16", "--groups", "2", "--bias-every", "4",
                                "--gamma-down", "0.2", "--gamma-up", "0.1", *flags])
-    args.steps, args.warmup, args.d_sae, args.lr = 100, 1, d_sae, 1e-12
+    args.steps, args.warmup, args.d_sae, args.lr = 100, 1, d_sae, 1e-2
     torch.manual_seed(0)
-    sae, (p, group) = GBASAE(16, d_sae, args.relu), targets(args)
-    state = dict(target=p, group=group, size=group.bincount(), count=torch.zeros(d_sae), active=torch.inf,
-                 peak=torch.zeros(d_sae), tokens_since_fired=torch.zeros(d_sae, dtype=torch.int64))
+    sae, state = GBASAE(16, d_sae, args.relu), start(args, "cpu")
+    state["tokens_since_fired"] = torch.zeros(d_sae, dtype=torch.int64)
     return sae, data.adam(sae, args.lr, gba_sae.BETAS), state, args
 
 @pytest.mark.parametrize("relu", [[], ["--relu"]])
 def test_streamed_statistics_equal_a_stored_buffer(relu):
     """Over 40 steps with an update every 4, dense at first and sparse later: each new bias is that of
     Algorithm 2 on the pre-activations of the last 4 batches; nothing else moves it. Some fall, some
-    stay, and some are revived when the inputs get smaller."""
+    stay, and some are revived when the inputs get smaller. Weights move; the statistics are of those
+    before each step."""
     sae, opt, state, args = started(60, "--high", "0.1", "--low", "0.02", *relu)
     g, buffer, sparse, moves = torch.Generator().manual_seed(1), [], set(), set()
     for step in range(40):
@@ -166,6 +189,7 @@ def test_streamed_statistics_equal_a_stored_buffer(relu):
         buffer.append(F.linear(x, sae.W_dec.detach(), b))
         train_step(sae, opt, x, state, step, args)
         sparse.add(state["sparse"])
+        assert sae.b_enc.max() <= 0
         if (step + 1) % 4:
             assert torch.equal(sae.b_enc, b)
             continue
@@ -181,19 +205,44 @@ def test_a_bad_batch_leaves_no_trace():
     """In statistics and biases."""
     sae, opt, state, args = started(60)
     x = torch.randn(64, 16)
-    for step, batch in enumerate((x, x * torch.nan, x * torch.inf, x)):
+    for step, batch in enumerate((x, x * torch.nan, x * 1e30, x)):      # 1e30: finite, its square is not
+        before = {name: value.clone() for name, value in state.items() if name in (
+            "count", "peak", "seen", "active") and step}
         train_step(sae, opt, batch, state, step, args)
-        if step == 0:
-            once = state["count"].clone(), state["peak"].clone()
-        elif step < 3:
-            assert torch.equal(state["count"], once[0]) and torch.equal(state["peak"], once[1])
-    assert sae.b_enc.isfinite().all() and float(state["active"]) > 1
+        assert all(torch.equal(state[name], value) for name, value in before.items()) or step == 3
+    assert sae.b_enc.isfinite().all() and sae.b_enc.min() < 0 and float(state["active"]) > 1
+
+def test_frequencies_leave_out_what_was_bad():
+    """Two good batches of four: the same biases as from those two alone."""
+    x, new = [torch.randn(64, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1)], []
+    for batches in ([x[0], x[0] * torch.nan, x[1], x[1] * torch.nan], [x[0], x[0], x[1], x[1]]):
+        sae, opt, state, args = started(60)
+        args.lr = 1e-12
+        for step, batch in enumerate(batches):
+            train_step(sae, opt, batch, state, step, args)
+        new.append(sae.b_enc.clone())
+    assert torch.allclose(*new, atol=1e-6) and new[0].min() < 0
+
+def test_a_batch_without_room_is_left_out(monkeypatch):
+    """As on CUDA, when a batch has more active latents than there is room: no statistics of a part of
+    them, but their number, for more room at the next check."""
+    sae, opt, state, args = started(60)
+    with torch.no_grad():
+        sae.b_enc -= 2
+    real, x = gba_sae.positive, torch.randn(64, 16)
+    monkeypatch.setattr(gba_sae, "positive", lambda sae, x, W, b, state: real(
+        sae, x, W, b, dict(state, sparse=True, room=50)))
+    W = sae.W_dec.detach().clone()
+    train_step(sae, opt, x, state, 0, args)
+    assert state["count"].sum() == state["peak"].sum() == state["seen"] == 0
+    assert torch.allclose(sae.W_dec, W) and 0 < float(state["active"]) <= 50 / 64
+
 
 def test_groups_in_the_log_and_in_cfg(tmp_path):
     """Every line of metrics.jsonl has target and frequency of each group; cfg.json those of held-out
     data, with the share of latents above the target."""
     argv = "--model toy --toy song --d-sae 90 --batch-size 64 --tokens 6400 --groups 3 --high 0.2 --low 0.02"
-    gba_sae.train(gba_sae.parse_args([*argv.split(), "--out", str(tmp_path / "run"), "--log-every", "10"]))
+    sae = gba_sae.train(gba_sae.parse_args([*argv.split(), "--out", str(tmp_path / "run"), "--log-every", "10"]))
     lines = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
     for line in lines:
         assert line["target"] == pytest.approx([0.2, 0.2 * 0.1 ** 0.5, 0.02])
@@ -201,12 +250,20 @@ def test_groups_in_the_log_and_in_cfg(tmp_path):
     results = json.loads((tmp_path / "run/cfg.json").read_text())["metadata"]["results"]
     assert 30 * sum(g["freq"] for g in results["groups"]) == pytest.approx(results["l0"], rel=1e-3)
     assert [g["target"] for g in results["groups"]] == pytest.approx(lines[0]["target"])
+    x = Toy.preset("song").sample(65536, torch.Generator().manual_seed(3))[0]
+    q = (sae.encode(x) > 0).float().mean(0).unflatten(0, (3, 30))
+    p = torch.tensor(lines[0]["target"])[:, None]
+    over = (q > p + 3 * (p * (1 - p) / len(x)).sqrt()).float().mean(1)
+    for g, freq, share in zip(results["groups"], q.mean(1), over):
+        assert g["freq"] == pytest.approx(float(freq), rel=0.02) and abs(g["over"] - share) < 0.1
+    assert over.max() > 0                                    # the biases have had 100 steps only
 
 @pytest.mark.parametrize("flag, value, word", [
     ("--low", "0.2", "--high"), ("--low", "0", "above 0"), ("--high", "1.5", "at most 1"),
     ("--groups", "0", "at least 1"), ("--groups", "999", "--d-sae"), ("--gamma-down", "0", "above 0"),
     ("--gamma-down", "1.1", "at most 1"), ("--gamma-up", "-1", "at least 0"), ("--gamma-up", "nan", "at least"),
-    ("--bias-every", "0", "at least 1"), ("--high", "nan", "at most 1")])
+    ("--bias-every", "0", "at least 1"), ("--bias-every", "1000", "--tokens"),
+    ("--high", "nan", "at most 1")])
 def test_bad_values(flag, value, word, tmp_path, one_line):
     argv = ["--model", "toy", "--d-sae", "90", "--out", str(tmp_path / "run"), flag, value]
     one_line(lambda: gba_sae.train(gba_sae.parse_args(argv)), flag, word)

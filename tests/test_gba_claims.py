@@ -1,0 +1,151 @@
+"""gba_sae.py: six claims on data with known features, each with its margin and control, on unseen seeds.
+
+All were written down, with their bounds, before they ran on seeds 50 to 52 (for weights, samples and
+features alike); defaults and settings were chosen on seeds 0 to 2. benchmarks/bias.py sweeps targets,
+widths and updates around the settings here. FRR@t: share of the true features with a latent at a cosine
+above t.
+"""
+import itertools
+from statistics import mean
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gba_sae
+import topk_sae
+import vanilla_sae
+from conftest import trained
+from toy import Toy
+
+pytestmark = pytest.mark.claims
+SEEDS = (50, 51, 52)
+BA = "--groups", 1, "--high", 0.03                  # 1.28 times the frequency of a feature of 'gba', 3 / 128
+
+def run(script, toy, seed, *flags, steps=2000):
+    return trained(script, toy, seed, "--tokens", steps * 512, "--d-sae", 512, *flags)
+
+def cosines(sae, toy):
+    """[n features, F latents]"""
+    return Toy.preset(toy).features @ F.normalize(sae.W_dec.detach(), dim=1).T
+
+def frr(sae, toy, t):
+    return (cosines(sae, toy).amax(1) > t).float().mean().item()
+
+def report(label, seed, sae, results, toy):
+    toy = toy if ":" in toy else f"{toy}:{seed}"
+    scores = {t: frr(sae, toy, t) for t in (0.8, 0.9)}
+    over = f", over target {max(g['over'] for g in results['groups']):.1%}" if "groups" in results else ""
+    print(f"{label}, seed {seed}: FRR@.8 {scores[0.8]:.3f}, @.9 {scores[0.9]:.3f}, l0 {results['l0']:.2f}, fvu "
+          f"{results['fvu']:.4f}, dead {results['dead']:.1%}{over}")
+    return scores
+
+def untrained(seed, d_in=42):
+    torch.manual_seed(seed)
+    return gba_sae.GBASAE(d_in, 512)
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bias_adaptation_finds_every_feature(seed):
+    """Claim 1: with one group and no term for sparsity, all 128 features of the uniform toy at a cosine
+    above .8 and at least 95 % above .9 (paper: 'all monosemantic features'), for every seed. Control:
+    untrained, at most 2 % at .8. For comparison, not claimed: TopK and L1 at about the same L0."""
+    scores = report("BA", seed, *run(gba_sae, "gba", seed, *BA), "gba")
+    for script, flags in ((topk_sae, ("--k", 7)), (vanilla_sae, ("--target-l0", 7))):
+        report(f"{script.__name__} {flags}", seed, *run(script, "gba", seed, *flags), "gba")
+    assert scores[0.8] == 1 and scores[0.9] >= 0.95
+    assert frr(untrained(seed), f"gba:{seed}", 0.8) <= 0.02
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_lowest_loss_recovers_nothing(seed):
+    """Claim 2: a target far above the band (.3, 13 times the frequency) and no ceiling at all (1) have at
+    most a fifth of claim 1's error, each less than the one before, and at most 5 % of the features at .8."""
+    fvu = [run(gba_sae, "gba", seed, *BA)[1]["fvu"]]
+    for p in (0.3, 1):
+        sae, results = run(gba_sae, "gba", seed, "--groups", 1, "--high", p)
+        assert report(f"target {p}", seed, sae, results, "gba")[0.8] <= 0.05
+        fvu.append(results["fvu"])
+    assert fvu[0] >= 5 * fvu[1] and fvu[1] > fvu[2]
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ceilings_hold(seed):
+    """Claim 3a: held out, at most one of 512 latents is over its target by more than three standard errors,
+    in ten groups (toy 'flat', defaults) and in one ('gba'). Control: biases that hardly move, where at
+    least 90 % are over."""
+    for toy, flags in (("flat", ()), ("gba", BA)):
+        for still in ((), ("--gamma-down", 1e-6)):
+            sae, results = run(gba_sae, toy, seed, *flags, *still)
+            report(f"{toy} {still}", seed, sae, results, toy)
+            over = 512 * mean(g["over"] for g in results["groups"])
+            print(f"  mean frequency over target: {[round(g['freq'] / g['target'], 2) for g in results['groups']]}")
+            assert over >= 0.9 * 512 if still else over <= 1.1
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_bias_rule_revives(seed):
+    """Claim 3b: with a target a fifth of the frequency latents die; the rule revives them: at most 1 % are
+    silent on 65,536 held-out samples, without its second line (--gamma-up 0) at least 5 %."""
+    dead = {}
+    for up in ((), ("--gamma-up", 0)):
+        sae, results = run(gba_sae, "gba", seed, "--groups", 1, "--high", 0.005, *up)
+        report(f"target .005 {up}", seed, sae, results, "gba")
+        dead[up] = results["dead"]
+    assert dead[()] <= 0.01 and dead["--gamma-up", 0] >= 0.05
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_groups_sort_features_by_frequency(seed):
+    """Claim 4: of 128 features, half with frequency .04 and half with .004, in four groups with targets .05,
+    .017, .0058 and .002, at least 95 % of the frequent ones find their best latent in the first group and at
+    least 90 % of the rare ones in the others, whose targets are closer; at least 98 % are found at .8.
+    Control: the same target for all groups, .05, where either half finds 5 to 45 % in the first."""
+    shares = []
+    for low in (0.002, 0.05):
+        sae, results = run(gba_sae, "two-rates", seed, "--groups", 4, "--high", 0.05, "--low", low, "--d-sae", 256,
+                           steps=3000)
+        found = report(f"targets .05 to {low}", seed, sae, results, "two-rates")
+        group = cosines(sae, f"two-rates:{seed}").argmax(1) * 4 // 256
+        shares.append([(group[half] == 0).float().mean().item() for half in (slice(64), slice(64, 128))])
+        print(f"  best latent by group: frequent {group[:64].bincount(minlength=4).tolist()}, rare "
+              f"{group[64:].bincount(minlength=4).tolist()}")
+        assert low == 0.05 or found[0.8] >= 0.98
+    assert shares[0][0] >= 0.95 and shares[0][1] <= 0.1
+    assert all(0.05 <= share <= 0.45 for share in shares[1])
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_imbalanced_toy(seed):
+    """Claim 5: half of the samples with 3 features, half with 20 (f = .09). Ten groups with targets from .02
+    to .001 and 256 latents find every feature at .8 and at least 95 % at .9 (paper: 100 and 100 %, 'full
+    range'); from .5 to .1, at most 10 % at .8 (paper: 38.3 and 3.9 %, 'wrong range'); TopK with k = 50 at most
+    10 % (paper: 94.5 and 23.4 %)."""
+    toy = "gba-imbalanced"
+    for label, script, flags in (("targets .02 to .001", gba_sae, ("--high", 0.02, "--low", 0.001)),
+                                 ("targets .5 to .1", gba_sae, ("--high", 0.5, "--low", 0.1)),
+                                 ("TopK, k = 50", topk_sae, ("--k", 50))):
+        scores = report(label, seed, *run(script, toy, seed, *flags, "--d-sae", 256, steps=3000), toy)
+        if label == "targets .02 to .001":
+            assert scores[0.8] == 1 and scores[0.9] >= 0.95
+        else:
+            assert scores[0.8] <= 0.1
+
+def alike(a, b, t, x):
+    """Of the quarter of a's live latents with the largest activations on x, the share with one of b's at a
+    cosine above t."""
+    with torch.no_grad():
+        peak = a.encode(x).amax(0)
+        best = a.W_dec[peak.topk(max(1, int((peak > 0).sum()) // 4)).indices]
+        return ((best @ F.normalize(b.W_dec, dim=1).T).amax(1) > t).float().mean().item()
+
+def test_agreement_between_seeds():
+    """Claim 6: on the uniform toy, the quarter of the latents with the largest activations is at least 95 %
+    the same for another seed (cosine above .8; the paper's measure, there of the top .3 % in a language
+    model, read by eye: GBA ~34 %, TopK 24 %, L1 ~55 % above .9). But not the paper's order: TopK and L1 at about the
+    same L0 agree as well, within .02 at .9. Control: untrained, at most 5 %."""
+    toy = "gba:50"
+    x = Toy.preset(toy).sample(16384, torch.Generator().manual_seed(1))[0]
+    runs = {"untrained": [untrained(seed) for seed in SEEDS]}
+    for label, script, flags in (("BA", gba_sae, BA), ("GBA", gba_sae, ()), ("TopK", topk_sae, ("--k", 7)),
+                                 ("L1", vanilla_sae, ("--target-l0", 7))):
+        runs[label] = [run(script, toy, seed, *flags)[0] for seed in SEEDS]
+    score = {label: [mean(alike(a, b, t, x) for a, b in itertools.permutations(saes, 2)) for t in (0.8, 0.9)]
+             for label, saes in runs.items()}
+    print(f"of the top quarter, alike at .8 and .9: {score}")
+    assert min(score[label][0] for label in ("BA", "GBA", "TopK", "L1")) >= 0.95 and score["untrained"][0] <= 0.05
+    assert min(score["TopK"][1], score["L1"][1]) >= max(score["BA"][1], score["GBA"][1]) - 0.02

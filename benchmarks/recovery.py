@@ -6,7 +6,7 @@
         --out benchmarks/results/recovery-vanilla.md
     python benchmarks/recovery.py --variant gated --out benchmarks/results/recovery-gated.md
     python benchmarks/recovery.py --variant batchtopk --tasks flat --lrs 3e-3 1e-2 \\
-        --out benchmarks/results/recovery-batchtopk.md                     # and matryoshka, ordered
+        --out benchmarks/results/recovery-batchtopk.md                # and matryoshka, ordered, gba
 
 The data: 'flat' (256 features in 64 dimensions, about 5 active, F = 256, k = 5) and 'song' (Song et
 al. 2025: 32 features in 16 dimensions, exactly 3 active, F = 32, k = 3), 3000 steps of 1024 fresh
@@ -173,7 +173,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="topk", choices=["topk", "batchtopk", "matryoshka",
-                                                                       "ordered", "vanilla", "gated"])
+                                                              "ordered", "gba", "vanilla", "gated"])
     parser.add_argument("--sweep", action="store_true", help="our learning rates, no peers")
     parser.add_argument("--only", nargs="+", default=[r[0] for r in ROWS], help="these libraries")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)

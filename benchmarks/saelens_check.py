@@ -12,14 +12,14 @@ import torch
 from sae_lens import SAE
 
 import data
-import gated_sae, matryoshka_sae, ordered_sae, topk_sae, vanilla_sae
+import gated_sae, gba_sae, matryoshka_sae, ordered_sae, topk_sae, vanilla_sae
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("run", type=Path)
 run = parser.parse_args().run
 cfg = data.load_sae(run)[0]
 flags = cfg["metadata"]["flags"]
-script = ordered_sae if "prefix_law" in flags else {
+script = ordered_sae if "prefix_law" in flags else gba_sae if "gamma_up" in flags else {
     "topk": topk_sae, "standard": vanilla_sae, "gated": gated_sae, "jumprelu": matryoshka_sae
     }[cfg["architecture"]]
 args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations") and v else v

@@ -33,7 +33,8 @@ TOPK = {"topk", "matryoshka", "ordered"}                    # with --k and AuxK
 L1 = {"vanilla", "tied", "gated"}                           # with a penalty
 OPTIONS = {"tied": dict(tied=True), "gba-relu": dict(relu=True, train_b_dec=True)}      # of the class
 OPTIONS |= {variant: dict(k=3) for variant in TOPK}
-FLAGS = {"tied": ["--tied"], "gba-relu": ["--relu", "--train-b-dec"]} | {v: ["--k", 3] for v in TOPK}
+FLAGS = {"tied": ["--tied"], "gba": ["--high", 0.3, "--low", 0.1]} | {v: ["--k", 3] for v in TOPK}
+FLAGS["gba-relu"] = [*FLAGS["gba"], "--relu", "--train-b-dec"]
 RECOVERS = {"topk": [], "matryoshka": ["--balance", 0], "ordered": ["--full-share", 0.9],
             "vanilla": [], "gated": [], "gba": ["--groups", 1, "--high", 0.06]}
 each_variant = pytest.mark.parametrize("variant", VARIANTS)

@@ -10,9 +10,10 @@ Autoencoders', arXiv 2506.14002; --groups 1 is the paper's Bias Adaptation.
     Of K groups, about F / K latents each, the k-th has the target frequency
         p = high (low / high)^((k - 1) / (K - 1))
     Every --bias-every steps, of all tokens since: q = how often y > 0, r = the largest y, or 0,
-        b_enc <- b_enc - gamma_down * r                   where q > p: too often
-        b_enc <- min(b_enc + gamma_up * mean r, 0)        where q < EPS: dead; mean of the r > 0
-  of its group. p is a ceiling: what fires less stays as it is; a dead latent has no other help.
+        b_enc <- b_enc - gamma_down * r                   where q > p (too often)
+        b_enc <- min(b_enc + gamma_up * r_mean, 0)        where q < EPS (dead)
+  r_mean is of those latents of the group that fired. p is a ceiling: a latent that fires less often
+  is left alone, until it is dead; then the second line is all that revives it.
 
 Departures from the paper (we read its project page with the algorithms, notes and reviews):
   - The algorithm, as printed, ends the second line too with a maximum: dead latents would jump to 0
@@ -78,7 +79,8 @@ def parse_args(argv=None):
                                   "firings at the lowest target, at most a hundredth of all")
     add("--gamma-down", type=data.share, help="step of a bias, in peaks of its latent; default: 8 "
                                               "over all updates, at least 0.01")
-    add("--gamma-up", type=data.at_least(0, float, 1), help="in mean peaks of its group; the same")
+    add("--gamma-up", type=data.at_least(0, float, 1), help="step up, in mean peaks of its group; "
+                                                      "default: the same; 0: nothing revives")
     add("--relu", action="store_true", help="ReLU in place of JumpReLU")
     add("--train-b-dec", action="store_true", help="by gradient; it stays at the mean by default")
     return parser.parse_args(argv)
@@ -100,7 +102,7 @@ class GBASAE(nn.Module):
         self.b_dec = nn.Parameter(b_dec) if train_b_dec else nn.Buffer(b_dec)
 
     def phi(self, y, b):
-        return torch.where(y > 0, y if self.relu else y - b, 0)
+        return y.relu() if self.relu else y.relu() - b.to(y) * (y > 0)
 
     def encode(self, x):
         y = F.linear(x - self.b_dec, self.W_dec, self.b_enc)
@@ -221,12 +223,14 @@ def loss_fn(sae, x, state, args):
     """Loss of a batch x [B, D], its terms, how often each latent fired [F]."""
     y, active, fits = positive(sae, x, sae.W_dec.T, sae.b_enc, state)        # (n,) or (B, F)
     col = slice(None) if active is None else active.col
-    z = sae.a[col] * sae.phi(y, sae.b_enc[col])
+    z = sae.a[col].to(y) * sae.phi(y, sae.b_enc[col])        # dense and bf16, or fp32
     x_hat = decode(z, active, sae.W_dec) + sae.b_dec          # (B, D)
     mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
-    terms = dict(loss=mse, mse=mse, l0=(y > 0).sum() / len(x))
+    on = (y > 0).float()
+    count = on.sum(0) if active is None else active.t_sum(on)                # (F,)
+    terms = dict(loss=mse, mse=mse, l0=count.sum() / len(x))
     terms.update(peak=peaks(y.detach(), active), fits=torch.ones_like(mse) * fits)
-    return mse * fits, terms, fired(y > 0, active)            # any y > 0 counts
+    return mse * fits, terms, count
 
 def peaks(y, active):
     """The largest y of each latent, or 0: [F]."""

@@ -323,8 +323,9 @@ class Log:
                 tmp.write_text("".join(l for l in lines if json.loads(l)["step"] <= first))
 
     def __call__(self, step, x, terms, lr, dead):
-        """Log a step: terms averaged over processes, fvu = sum |e|^2 / sum |x|^2 of its batch (the
-        training mean of x is 0), l0, share of dead latents, learning rate, tokens a second."""
+        """Log a step: terms (a vector as a list) averaged over processes, fvu = sum |e|^2 / sum
+        |x|^2 of its batch (the training mean of x is 0), l0, share of dead latents, learning rate,
+        tokens a second."""
         terms = dict(terms, power=x.pow(2).sum(1).mean())
         values = all_reduce(torch.cat([term.flatten() for term in terms.values()]))
         values = values.split([term.numel() for term in terms.values()])
@@ -361,7 +362,7 @@ def fold(tensors, source):
     """Weights trained on x' = (x - mean) * scale -> the same SAE for raw x; codes come out / scale.
 
     Exact for every variant here, since all are positively homogeneous and encode x - b_dec:
-    b_dec -> b_dec / scale + mean, other biases and thresholds -> / scale, directions stay.
+    b_dec -> b_dec / scale + mean, other biases and thresholds -> / scale, directions and a stay.
     """
     return {n: t if n in ("W_enc", "W_dec", "r_mag", "a") else t / source.scale +
             (source.mean if n == "b_dec" else 0) for n, t in tensors.items()}

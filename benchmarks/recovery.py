@@ -103,6 +103,8 @@ HEAD = ["| | lr | MCC, mean | MCC by seed | share > .95 | L0 | FVU | dead, worst
 def compare(variant, only, tasks, lrs, seeds):
     import peers
     rows = [row for row in ROWS if row[0] in only and row[0] in peers.VARIANTS[variant]]
+    if variant == "gba":                      # whose one group has a target just above the frequency, 5 / 256
+        rows.append(("ours", {"flags": ["--groups", "1", "--high", "0.03"]}))
     jobs = [dict(name=name, options=options, task=task, lr=lr, seed=seed, variant=variant)
             for task in tasks for name, options in rows
             for lr in (lrs if name != "ours" else (None,)) for seed in seeds]
@@ -119,7 +121,8 @@ def compare(variant, only, tasks, lrs, seeds):
                 if got and (best is None or score(got) > score(best[1])):
                     best = lr, got
             if best:
-                label = name + (", dead after 30k tokens" if options else "")
+                label = name + (", dead after 30k tokens" if options == EARLY else "")
+                label += ", " + " ".join(options["flags"]) if "flags" in options else ""
                 table.append((score(best[1]), line(label, best[0] or "default", best[1])))
         chance = [r["chance"] for j, r in zip(jobs, results) if r and j["task"] == task]
         lines += [row for _, row in sorted(table, reverse=True)]

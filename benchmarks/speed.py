@@ -34,8 +34,8 @@ nothing is planted: the random weights of each library's start, of which about h
 
 Nobody but us has 'ordered' (k not annealed, as it is after the first fifth of a run): it stands
 beside our own topk_sae.py. Nor 'gba': beside our vanilla_sae.py, planted like it; its biases adapt in
-every step (by nothing), where the default is every fifth here, and the share of the step that its
-statistics and their adaptation take is printed.
+every step (by nothing), where the default is every fifth here, and the share of the step that peaks,
+running sums and the update take is printed (the count of firings is in every script's step).
 """
 import argparse, datetime, itertools, json, os, platform, subprocess, sys, time
 from pathlib import Path

@@ -237,7 +237,6 @@ def test_a_batch_without_room_is_left_out(monkeypatch):
     assert state["count"].sum() == state["peak"].sum() == state["seen"] == 0
     assert torch.allclose(sae.W_dec, W) and 0 < float(state["active"]) <= 50 / 64
 
-
 def test_groups_in_the_log_and_in_cfg(tmp_path):
     """Every line of metrics.jsonl has target and frequency of each group; cfg.json those of held-out
     data, with the share of latents above the target."""

@@ -2,8 +2,8 @@
 
 All were written down, with their bounds, before they ran on seeds 50 to 52 (for weights, samples and
 features alike); defaults and settings were chosen on seeds 0 to 2. All held; then, for time, runs that serve as
-controls were shortened and TopK's rows of claims 1 and 5 left to claim 6 and to benchmarks/bias.py, which
-sweeps targets, widths and updates around the settings here. FRR@t: share of the true features with a latent at a cosine
+controls were shortened, and TopK's rows of claim 1 and (k = 50, at most 10 %; it found none, unlike the
+paper's) of claim 5 left to claim 6 and to benchmarks/bias.py, which sweeps targets, widths and updates. FRR@t: share of the true features with a latent at a cosine
 above t.
 """
 import itertools
@@ -28,7 +28,10 @@ def run(script, toy, seed, *flags, steps=2000):
 
 def cosines(sae, toy):
     """[n features, F latents]"""
-    return Toy.preset(toy).features @ F.normalize(sae.W_dec.detach(), dim=1).T
+    return Toy.preset(toy).features @ F.normalize(decoder(sae), dim=1).T
+
+def decoder(sae):
+    return sae.tensors()["W_dec"] if isinstance(sae, gba_sae.GBASAE) else sae.W_dec.detach()
 
 def frr(sae, toy, t):
     return (cosines(sae, toy).amax(1) > t).float().mean().item()
@@ -37,6 +40,7 @@ def report(label, seed, sae, results, toy):
     toy = toy if ":" in toy else f"{toy}:{seed}"
     scores = {t: frr(sae, toy, t) for t in (0.8, 0.9)}
     over = f", over target {max(g['over'] for g in results['groups']):.1%}" if "groups" in results else ""
+    over += f", {int((sae.a < 0).sum())} a < 0" if over else ""
     print(f"{label}, seed {seed}: FRR@.8 {scores[0.8]:.3f}, @.9 {scores[0.9]:.3f}, l0 {results['l0']:.2f}, fvu "
           f"{results['fvu']:.4f}, dead {results['dead']:.1%}{over}")
     return scores
@@ -50,7 +54,7 @@ def test_bias_adaptation_finds_every_feature(seed):
     """Claim 1: with one group and no term for sparsity, all 128 features of the uniform toy at a cosine
     above .8 and at least 95 % above .9 (paper: 'all monosemantic features'), for every seed. Control:
     untrained, at most 2 % at .8. (TopK and L1 find them all, too: claim 6 prints it.)"""
-    scores = report("BA", seed, *run(gba_sae, "gba", seed, *BA), "gba")
+    scores = report("BA (paper: 1)", seed, *run(gba_sae, "gba", seed, *BA), "gba")
     assert scores[0.8] == 1 and scores[0.9] >= 0.95
     assert frr(untrained(seed), f"gba:{seed}", 0.8) <= 0.02
 
@@ -94,7 +98,8 @@ def test_groups_sort_features_by_frequency(seed):
     """Claim 4: of 128 features, half with frequency .04 and half with .004, in four groups with targets .05,
     .017, .0058 and .002, at least 95 % of the frequent ones find their best latent in the first group and at
     least 90 % of the rare ones in the others, whose targets are closer; at least 98 % are found at .8.
-    Control: the same target for all groups, .05, where either half finds 5 to 45 % in the first."""
+    Control: the same target for all groups, .05, which also find them (95 % at .8), either half 5 to 45 % in
+    the first."""
     shares = []
     for low in (0.002, 0.05):
         sae, results = run(gba_sae, "two-rates", seed, "--groups", 4, "--high", 0.05, "--low", low, "--d-sae", 256,
@@ -104,7 +109,7 @@ def test_groups_sort_features_by_frequency(seed):
         shares.append([(group[half] == 0).float().mean().item() for half in (slice(64), slice(64, 128))])
         print(f"  best latent by group: frequent {group[:64].bincount(minlength=4).tolist()}, rare "
               f"{group[64:].bincount(minlength=4).tolist()}")
-        assert low == 0.05 or found[0.8] >= 0.98
+        assert found[0.8] >= 0.98 if low < 0.05 else found[0.8] >= 0.95
     assert shares[0][0] >= 0.95 and shares[0][1] <= 0.1
     assert all(0.05 <= share <= 0.45 for share in shares[1])
 
@@ -113,9 +118,9 @@ def test_imbalanced_toy(seed):
     """Claim 5: half of the samples with 3 features, half with 20 (f = .09). Ten groups with targets from .02
     to .001 and 256 latents find every feature at .8 and at least 95 % at .9 (paper: 100 and 100 %, 'full
     range'); from .5 to .1, at most 10 % at .8 (paper: 38.3 and 3.9 %, 'wrong range')."""
-    for high, low, steps in ((0.02, 0.001, 3000), (0.5, 0.1, 1500)):
+    for high, low, steps, paper in ((0.02, 0.001, 3000, "1, 1"), (0.5, 0.1, 1500, ".383, .039")):
         sae, results = run(gba_sae, "gba-imbalanced", seed, "--high", high, "--low", low, "--d-sae", 256, steps=steps)
-        scores = report(f"targets {high} to {low}", seed, sae, results, "gba-imbalanced")
+        scores = report(f"targets {high} to {low} (paper: {paper})", seed, sae, results, "gba-imbalanced")
         assert scores[0.8] == 1 and scores[0.9] >= 0.95 if high == 0.02 else scores[0.8] <= 0.1
 
 def alike(a, b, t, x):
@@ -123,8 +128,8 @@ def alike(a, b, t, x):
     cosine above t."""
     with torch.no_grad():
         peak = a.encode(x).amax(0)
-        best = a.W_dec[peak.topk(max(1, int((peak > 0).sum()) // 4)).indices]
-        return ((best @ F.normalize(b.W_dec, dim=1).T).amax(1) > t).float().mean().item()
+        best = decoder(a)[peak.topk(max(1, int((peak > 0).sum()) // 4)).indices]
+        return ((best @ decoder(b).T).amax(1) > t).float().mean().item()
 
 def test_agreement_between_seeds():
     """Claim 6: on the uniform toy, the quarter of the latents with the largest activations is at least 95 %
@@ -142,6 +147,7 @@ def test_agreement_between_seeds():
         runs[label] = [sae for sae, _ in pairs]
     score = {label: [mean(alike(a, b, t, x) for a, b in itertools.permutations(saes, 2)) for t in (0.8, 0.9)]
              for label, saes in runs.items()}
-    print(f"of the top quarter, alike at .8 and .9: {score}")
-    assert min(score[label][0] for label in ("BA", "GBA", "TopK", "L1")) >= 0.95 and score["untrained"][0] <= 0.05
+    print(f"of the top quarter, alike at .8 and .9: {score} (paper, of the top .3 % of a language model's at .9: "
+          "GBA .34, TopK .24, L1 .55)")
+    assert min(score[label][0] for label in ("BA", "GBA", "TopK", "L1")) >= 0.95 and max(score["untrained"]) <= 0.05
     assert min(score["TopK"][1], score["L1"][1]) >= max(score["BA"][1], score["GBA"][1]) - 0.02

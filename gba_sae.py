@@ -250,15 +250,16 @@ def peaks(y, active):
 
 def start(args, device):
     """Set the defaults that follow the run's length; returns target [K], group [F], statistics."""
-    k, K, group = torch.arange(args.groups), args.groups, torch.arange(args.d_sae) * args.groups
-    target, group = args.high * (args.low / args.high) ** (k / max(1, K - 1)), group // args.d_sae
+    K, n = args.groups, args.d_sae
+    group = torch.arange(n) * K // n
+    target = args.high * (args.low / args.high) ** (torch.arange(K) / max(1, K - 1))
     tokens, most = 10 / target[-1].item(), max(1, args.steps // 100)    # at least 100 updates
     args.bias_every = args.bias_every or min(most, math.ceil(tokens / args.batch_size))
     gamma = min(1, max(0.01, 8 * args.bias_every / args.steps))
     args.gamma_down = args.gamma_down or gamma
     args.gamma_up = gamma if args.gamma_up is None else args.gamma_up
-    state = dict(target=target, group=group, size=group.bincount(), count=torch.zeros(args.d_sae),
-                 peak=torch.zeros(args.d_sae), seen=torch.zeros(()))
+    state = dict(target=target, group=group, size=group.bincount(), count=torch.zeros(n),
+                 peak=torch.zeros(n), seen=torch.zeros(()))
     return {name: tensor.to(device) for name, tensor in state.items()} | dict(active=torch.inf)
 
 def adapt(b, q, r, p, group, args):

@@ -268,10 +268,8 @@ def test_no_host_synchronisation_in_a_step(variant):
                  dead=torch.arange(4000, device="cuda"), l1=torch.tensor(1.0, device="cuda"), active=9.0,
                  widths=torch.tensor([512, 8192], device="cuda"),
                  weights=torch.tensor([0.0, 1.0, 1.0], device="cuda"),
-                 survival=torch.linspace(1, 0.5, 8192, device="cuda"),
-                 target=torch.full((10,), 0.1, device="cuda"), size=torch.full((10,), 819, device="cuda"),
-                 group=torch.arange(8192, device="cuda") * 10 // 8192,
-                 count=torch.zeros(8192, device="cuda"), peak=torch.zeros(8192, device="cuda"))
+                 survival=torch.linspace(1, 0.5, 8192, device="cuda"))
+    state |= m.start(args, "cuda") | dict(active=9.0) if hasattr(m, "start") else {}
     m.train_step(sae, opt, x, state, 0, args)                              # allocations, libraries
     torch.cuda.set_sync_debug_mode("error")
     try:

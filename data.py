@@ -368,9 +368,10 @@ def fold(tensors, source):
             (source.mean if n == "b_dec" else 0) for n, t in tensors.items()}
 
 @torch.no_grad()
-def heldout_metrics(sae, x):
+def heldout_metrics(sae, x, count=None):
     """l0, fvu = sum |x - x_hat|^2 / sum |x - mean(x)|^2, and dead: the share of latents that never
-    fire, on held-out x [M, D]. Sums first, one division (SAELens issues 443 and 665)."""
+    fire, on held-out x [M, D]. Sums first, one division (SAELens issues 443 and 665). To count [F],
+    if there is one, it adds how often each latent fired."""
     error, total, l0, fired, mean = 0.0, 0.0, 0.0, 0.0, x.mean(0)
     for part in x.split(2048):
         z = sae.encode(part)
@@ -378,6 +379,8 @@ def heldout_metrics(sae, x):
         total += (part - mean).pow(2).sum().item()
         l0 += (z != 0).sum()
         fired += (z > 0).sum(0)
+    if count is not None:
+        count += fired
     return dict(l0=l0.item() / len(x), fvu=error / total, heldout_tokens=len(x),
                 dead=(fired == 0).float().mean().item())
 

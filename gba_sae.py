@@ -26,7 +26,7 @@ the paper itself, nor its code):
     largest projection, and so b_enc stays above -max|x - b_dec|.
   - b_dec stays at the mean of the data. There it is trained (--train-b-dec): its gradient can raise
     all y at once, and undo what the biases do. JumpReLU is as good with it; ReLU runs away from the
-    data and finds few features, as it does with the floor (in the notes).
+    data and finds few features (benchmarks/results/bias.md).
   - There: 50 steps of 512 tokens between updates, gamma 0.01 (from notes), for 100M tokens. Short
     runs have few such updates: our defaults depend on the length. Their eps is unknown to us.
   - Squares are not halved. Adam without weight decay (theirs: AdamW, values not found), rate,
@@ -280,13 +280,11 @@ def track(sae, fired, peak, good, state, step, args):
         for name in ("seen", "count", "peak"):
             state[name].zero_()
 
-@torch.no_grad()
-def heldout_groups(sae, x, state):
-    """Of each group: target, how often its latents fire on x [M, D], and the share of them that are
-    over the target by more than three standard errors, as if tokens were independent."""
-    q = sum((sae.encode(part) > 0).sum(0) for part in x.split(2048)) / len(x)
+def heldout_groups(q, tokens, state):
+    """Of each group: target, mean frequency q on held-out tokens, and the share of latents over the
+    target by more than three standard errors, as if tokens were independent."""
     p = state["target"][state["group"]]
-    values = dict(target=p, freq=q, over=(q > p + 3 * (p * (1 - p) / len(x)).sqrt()).float())
+    values = dict(target=p, freq=q, over=(q > p + 3 * (p * (1 - p) / tokens).sqrt()).float())
     return [{name: v[state["group"] == k].mean().item() for name, v in values.items()}
             for k in range(len(state["target"]))]
 
@@ -386,9 +384,9 @@ def train(args):
             if halt:
                 log.halt(done, finite=bad.item() == 0)
     # [/shared: loop]
-    x = source.heldout()
-    metrics = data.heldout_metrics(sae, x)
-    metrics["groups"] = heldout_groups(sae, x, state)
+    x, count = source.heldout(), torch.zeros(args.d_sae, device=device)
+    metrics = data.heldout_metrics(sae, x, count)
+    metrics["groups"] = heldout_groups(count / len(x), len(x), state)
     sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
     architecture = "standard" if args.relu else "jumprelu"
     data.save_sae(args, architecture, sae.tensors(), source, log, metrics)

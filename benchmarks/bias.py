@@ -75,9 +75,9 @@ def train(job):
     from toy import Toy
     x = Toy.preset(toy).sample(16384, torch.Generator().manual_seed(1))[0]
     with torch.no_grad():
-        W = sae.W_dec * sae.a.sign()[:, None] if name == "gba" else sae.W_dec
+        W = sae.tensors()["W_dec"] if name == "gba" else sae.W_dec.detach()
         negative = int((sae.a < 0).sum()) if name == "gba" else 0
-        return W.detach(), sae.encode(x).amax(0), dict(meta["results"], negative=negative)
+        return W, sae.encode(x).amax(0), dict(meta["results"], negative=negative)
 
 def alike(a, b, t, share=0.25):
     """Of the share of a's live latents with the largest activations, the part that b has at a cosine > t."""

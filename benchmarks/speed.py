@@ -9,7 +9,9 @@ In the peers' environment (requirements.txt beside this file):
         --out benchmarks/results/speed-l1.md
     python benchmarks/speed.py --turns 2 --steps 4 --variants batchtopk matryoshka ordered \\
         --same-allocator --out benchmarks/results/speed-nested.md
-    python benchmarks/speed.py --turns 3 --steps 8 --variants gba --out benchmarks/results/speed-gba.md
+    python benchmarks/speed.py --turns 3 --steps 8 --variants gba --shapes small --out small.md
+    python benchmarks/speed.py --turns 2 --steps 4 --variants gba --shapes large --out large.md
+                                                    # both tables are in results/speed-gba.md
 
 Each library runs its own training step on the same batches, set up as peers.py says, in a process
 of its own, on one thread, measured in CPU time (which other work on the machine disturbs less than

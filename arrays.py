@@ -100,10 +100,13 @@ class ArraySource(Source):
         rows = self.shuffle[j * self.batch_size:(j + 1) * self.batch_size][self.slice]
         return torch.from_numpy(self.buffer[rows])
 
-    def _heldout(self):
+    def heldout_rows(self):
+        """The numbers of the rows that heldout() gives, ascending."""
         chunks = np.sort(self.held[:max(1, min(65536, 4 * PIECE // self.d_in) // self.size)])
-        rows = (chunks[:, None] * self.size + np.arange(self.size)).ravel()
-        return torch.from_numpy(self.shards.read(rows))
+        return (chunks[:, None] * self.size + np.arange(self.size)).ravel()
+
+    def _heldout(self):
+        return torch.from_numpy(self.shards.read(self.heldout_rows()))
 
 def chunk_size(n):
     """Rows in a chunk: 64 neighbours, fewer in short arrays, more in those above 64M rows."""

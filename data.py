@@ -245,8 +245,9 @@ def open_source(args, device):
     else:
         import arrays, lm
         source = (arrays.open_array if args.activations else lm.open_cache)(args, device)
-        epochs = args.tokens / source.n_train
-        seen = f"{source.n_train:,} training rows, {epochs:.1f} passes over them for --tokens"
+        seen = f"{source.n_train:,} training rows"
+        if args.tokens:
+            seen += f", {args.tokens / source.n_train:.1f} passes over them for --tokens"
     if rank() == 0:
         print(f"data: {source.meta['model_name']}, D = {source.d_in}, {seen}; x' = (x - mean) * "
               f"{source.scale:.4g}", flush=True)
@@ -259,6 +260,7 @@ def flags(args):
 
 def run_dir(args, variant):
     """Make the run directory args.out; without --out the first free runs/VARIANT-MODEL-LAYER."""
+    args.variant = variant                                      # from here on one of the flags
     if args.out is None:
         name = (args.activations.stem if args.activations else f"toy-{args.toy.replace(':', '-')}"
                 if args.model == "toy" else f"{Path(args.model).name}-L{args.layer}")
@@ -396,8 +398,8 @@ def save_sae(args, architecture, tensors, source, log, metrics, **cfg):
     cfg = dict(cfg, architecture=architecture, d_in=source.d_in, d_sae=args.d_sae, dtype="float32",
                device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
                reshape_activations="none",
-               metadata=dict(meta, **source.meta, scale=source.scale, flags=flags(args),
-                             results=metrics))
+               metadata=dict(meta, **source.meta, training_architecture=args.variant,
+                             scale=source.scale, flags=flags(args), results=metrics))
     with replacing(args.out / "sae_weights.safetensors", "--out") as tmp:
         tmp.write_bytes(save({n: t.contiguous().cpu() for n, t in tensors.items()}))
     with replacing(args.out / "cfg.json", "--out") as tmp:

@@ -242,6 +242,24 @@ def residual_stream(model, block, ids):
     finally:
         hook.remove()
 
+@torch.inference_mode()
+def spliced(model, block, ids, cut, replace):
+    """Logits [n, T, V] for token ids [n, T] (numpy) with replace(x [m, D] float32) in the place of
+    what enters `block`, but for the tokens that a harvest drops: position 0 and norms above cut."""
+    def swap(module, inputs, named):
+        x = inputs[0] if inputs else named["hidden_states"]
+        keep = ~(x.float().norm(dim=-1) > cut)
+        keep[:, 0] = False
+        new = x.clone()
+        new[keep] = replace(x[keep].float()).to(x.dtype)
+        return ((new, *inputs[1:]), named) if inputs else (inputs, dict(named, hidden_states=new))
+    hook = block.register_forward_pre_hook(swap, with_kwargs=True)
+    try:
+        return model(input_ids=torch.from_numpy(ids).long().to(model.device),
+                     use_cache=False).logits
+    finally:
+        hook.remove()
+
 # --- the cache ------------------------------------------------------------------------------------
 
 def cached(args, device):
@@ -376,5 +394,13 @@ def open_cache(args, device):
     meta = {k: manifest[k] for k in ("model_name", "model_hash", "hook_name", "dataset_path",
                                      "text_hash", "context_size", "prepend_bos", "dtype",
                                      "norm_cut", "dropped", "n_train_rows")}
-    return ArraySource(args, device, shards, size, train, held, np.load(folder / "mean.npy"),
-                       manifest["mean_norm"], meta)
+    source = ArraySource(args, device, shards, size, train, held, np.load(folder / "mean.npy"),
+                         manifest["mean_norm"], meta)
+    source.folder = folder
+    return source
+
+def heldout_tokens(source):
+    """Token ids [contexts, --context] int32 of the cache, and where its held-out rows stand in
+    them: context * --context + position, int64 [M], in the order of source.heldout()."""
+    where = [np.load(p) for p in sorted(source.folder.glob("where-*.npy"))]
+    return np.load(source.folder / "tokens.npy"), np.concatenate(where)[source.heldout_rows()]

@@ -349,7 +349,7 @@ def train(args):
     sae = MatryoshkaSAE(D, n, args.k).to(device)
     state = dict(widths=torch.tensor(args.widths, device=device),
                  weights=torch.tensor([0.0, *weights], device=device))
-    data.run_dir(args, "matryoshka")
+    data.run_dir(args, "matryoshka" if len(args.widths) > 1 else "batchtopk")
     # [shared: loop]
     opt, first = data.adam(sae, args.lr, BETAS), 0
     state["tokens_since_fired"] = torch.zeros(args.d_sae, dtype=torch.int64, device=device)

@@ -304,7 +304,7 @@ def train(args):
     if args.target_l0 and (args.target_l0 > args.d_sae or not args.l1):
         data.fail(f"--target-l0: needs to be at most --d-sae {args.d_sae}, and --l1 above 0")
     sae = VanillaSAE(D, args.d_sae, args.tied).to(device)
-    data.run_dir(args, "tied" if args.tied else "vanilla")
+    data.run_dir(args, "tied" if args.tied else "p-annealed" if args.p_end < 1 else "vanilla")
     state = dict(l1=torch.tensor(args.l1, device=device), active=torch.inf)
     # [shared: loop]
     opt, first = data.adam(sae, args.lr, BETAS), 0

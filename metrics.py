@@ -1,0 +1,311 @@
+"""The measures of evaluate.py, each with its definition, and the reader of saved SAEs.
+
+Reconstruction, over all M tokens x with e = x - x_hat; sums come first, then one division
+  l0         non-zero codes per token; mean, standard deviation, 5 % and 95 % quantile over tokens
+  fvu        sum |e|^2 / sum |x - mean x|^2, one global mean: x_hat = mean x has 1
+  gamma      sum |x_hat|^2 / sum <x, x_hat> (Rajamanoharan et al. 2024, eq. 10), less than 1 by
+             shrinkage. On raw activations, and 'centred': with mean x taken off both
+  dead       share of latents silent on all M tokens; density: how many latents fire how often
+Geometry, of the decoder's rows d_i at norm 1 (Chanin and Garriga-Alonso 2025, 'Sparse but Wrong')
+  c_dec      mean of |cos(d_i, d_j)| over i < j
+  s_n        the n B-th largest of the B F products of B tokens, as the encoder sees them, with the
+             d_i; n = 3 F / 8 (the paper has 18 of 50 and 12000 of 32768); in scaled units, where
+             E|x'| = sqrt(D). On toys both are lowest near the true L0
+  nearest    largest cosine with another latent: mean and median over latents, share above 0.9
+Language model, x_hat spliced in at its layer; position 0 and outliers, which no SAE was trained on,
+stay as they are, under ablation too; predictions made at position 0 do not count
+  ce         cross-entropy in nats a token: as it is, ablated to zero or to the mean, with x_hat
+  recovered  (ce ablated - ce spliced) / (ce ablated - ce), of sums; from zero and from the mean
+  kl         KL(as it is || spliced), nats a token
+  increase   ce spliced - ce
+  _se        one standard error, as if contexts were independent; of the ratio, by linearisation
+Ground truth, of toys with features v_j [n, D]; chance: 5 random dictionaries, as many active
+  mcc        mean signed cosine of features and latents under the best one-to-one matching
+  mmcs_truth, mmcs_learned    mean over features of the best latent's cosine; the other way round
+  found      share of features with a latent at a cosine of at least 0.9
+  f1         best F1, over thresholds, of the matched latent as a detector of its feature; mean
+  absorbed   P(parent's latent silent | parent and child on), mean over the pairs of a tree; the
+             parent's latent is the one nearest in cosine. absorbed_alone: where the child is off; a
+             small k silences it there, too. Absorption is the difference (after Chanin et al. 2024)
+  hedging    max(0, (q - q0) / (1 - q0)); q = mean |P (v - d)| over features v and their matched
+             latents d, P projecting on the span of the features that have no latent; q0: on as many
+             random directions. Chanin et al. 2025 (2505.11756) train a wider SAE to find these
+             features; here they are known
+Agreement of seeds: `consistency`
+"""
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+
+EDGES = [e / 2 for e in range(-12, 1)]                        # of the density histogram, log10
+VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
+               gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
+
+# --- saved SAEs -----------------------------------------------------------------------------------
+
+class SAE:
+    """The SAE of a run directory or of any SAELens 6 directory, for raw activations x [B, D], with the
+    codes that SAELens computes. Fails with one line if damaged, or of a kind not known here."""
+    def __init__(self, path):
+        self.path, (self.cfg, t) = path, data.load_sae(path)
+        self.meta = self.cfg.get("metadata") or {}
+        self.flags, self.kind = self.meta.get("flags") or {}, self.cfg.get("architecture")
+        self.d_in, self.d_sae = D, N = self.cfg.get("d_in"), self.cfg.get("d_sae")
+        self.norm = self.cfg.get("normalize_activations", "none")
+        if self.kind not in VECTORS:
+            data.fail(f"{path}: architecture {self.kind} is not one of {', '.join(VECTORS)}")
+        shapes = dict(W_enc=(D, N), W_dec=(N, D), b_dec=(D,))
+        shapes.update(dict.fromkeys(VECTORS[self.kind], (N,)))
+        if wrong := [f"{n} is {tuple(t[n].shape) if n in t else 'missing'}, not {shape}"
+                     for n, shape in shapes.items() if n not in t or tuple(t[n].shape) != shape]:
+            data.fail(f"{path}: damaged, or cfg.json of another run: {'; '.join(wrong)}")
+        if bad := [n for n, v in t.items() if not v.isfinite().all()]:
+            data.fail(f"{path}: damaged: NaN or inf in {', '.join(bad)}")
+        if self.kind == "topk" and not 1 <= self.cfg.get("k", 0) <= N:
+            data.fail(f"{path}: damaged: cfg.json has k = {self.cfg.get('k')} of {N} latents")
+        if self.norm not in ("none", "layer_norm", "constant_norm_rescale") or \
+                self.cfg.get("reshape_activations", "none") != "none":
+            data.fail(f"{path}: normalize_activations {self.norm}, reshape_activations "
+                      f"{self.cfg.get('reshape_activations')}: not supported; save them folded in")
+        self.t = {n: v.float() for n, v in t.items()}
+        if self.cfg.get("rescale_acts_by_decoder_norm"):      # codes times |d_i|, rows of norm 1
+            norm = self.t["W_dec"].norm(dim=1)
+            self.t.update(W_enc=self.t["W_enc"] * norm, b_enc=self.t["b_enc"] * norm,
+                          W_dec=self.t["W_dec"] / norm[:, None])
+
+    def to(self, device):
+        self.t = {n: v.to(device) for n, v in self.t.items()}
+        return self
+
+    def normed(self, x):
+        """x as the SAE wants it, and the function that undoes that for x_hat."""
+        if self.norm == "constant_norm_rescale":
+            scale = self.d_in ** 0.5 / x.norm(dim=-1, keepdim=True)
+            return x * scale, lambda x_hat: x_hat / scale
+        if self.norm == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            std = (x - mean).std(-1, keepdim=True)
+            return (x - mean) / (std + 1e-5), lambda x_hat: x_hat * std + mean
+        return x, lambda x_hat: x_hat
+
+    def inputs(self, x):
+        """What the encoder's matrix multiplies, for normed x."""
+        return x - self.t["b_dec"] if self.cfg.get("apply_b_dec_to_input", True) else x
+
+    def codes(self, x):
+        t = self.t
+        pre = self.inputs(x) @ t["W_enc"]                                    # (B, F)
+        if self.kind == "gated":
+            return (pre + t["b_gate"] > 0) * (pre * t["r_mag"].exp() + t["b_mag"]).relu()
+        pre += t["b_enc"]
+        if self.kind == "jumprelu":
+            return pre.relu() * (pre > t["threshold"])
+        if self.kind == "topk":
+            vals, idx = pre.topk(self.cfg["k"], sorted=False)
+            return torch.zeros_like(pre).scatter_(-1, idx, vals.relu())
+        return pre.relu()
+
+    def both(self, x):
+        """Codes [B, F] and reconstructions [B, D]."""
+        x, undo = self.normed(x)
+        z = self.codes(x)
+        return z, undo(z @ self.t["W_dec"] + self.t["b_dec"])
+
+    def encode(self, x):
+        return self.codes(self.normed(x)[0])
+
+    def __call__(self, x):
+        return self.both(x)[1]
+
+# --- reconstruction and geometry ------------------------------------------------------------------
+
+@torch.no_grad()
+def reconstruction(sae, x, mean):
+    """Metrics of an SAE on x [M, D] with mean [D] in float64; and of each latent [F]: how often it
+    fires (rate), its largest activation (peak), the sum of its activations (total)."""
+    error = power = hh = xh = raw_hh = raw_xh = 0.0
+    l0, fired, peak, total = [], 0, 0, 0
+    for part in x.split(2048):
+        z, x_hat = sae.both(part)
+        x_hat, part = x_hat.double(), part.double()
+        error += (part - x_hat).pow(2).sum().item()
+        raw_hh, raw_xh = raw_hh + x_hat.pow(2).sum().item(), raw_xh + (part * x_hat).sum().item()
+        part, x_hat = part - mean, x_hat - mean
+        power += part.pow(2).sum().item()
+        hh, xh = hh + x_hat.pow(2).sum().item(), xh + (part * x_hat).sum().item()
+        l0.append((z != 0).sum(1).double())
+        fired, total = fired + (z > 0).sum(0), total + z.sum(0, dtype=torch.double)
+        peak = torch.maximum(z.amax(0), torch.as_tensor(peak, device=z.device))
+    ratio = lambda a, b: a / b if b else float("nan")
+    l0, rate = torch.cat(l0), fired / len(x)
+    density = np.histogram(rate[rate > 0].double().log10().cpu(), EDGES)[0].tolist()
+    return dict(tokens=len(x), l0=l0.mean().item(), l0_std=l0.std(unbiased=False).item(),
+                l0_5=l0.quantile(0.05).item(), l0_95=l0.quantile(0.95).item(),
+                fvu=ratio(error, power), gamma=ratio(raw_hh, raw_xh), gamma_centred=ratio(hh, xh),
+                dead=(rate == 0).double().mean().item(),
+                density=dict(edges=EDGES, count=density, dead=int((rate == 0).sum()))
+                ), (rate, peak, total)
+
+@torch.no_grad()
+def geometry(W_dec, inputs, scale=1.0, n=None):
+    """c_dec, s_n and nearest-neighbour cosines of W_dec [F, D]; inputs [B, D]: what the encoder sees
+    of some hundreds of tokens at least. s_n is times scale."""
+    U, N = F.normalize(W_dec, dim=1), len(W_dec)
+    total, nearest = 0.0, []
+    for i in range(0, N, 2048):
+        c = U[i:i + 2048] @ U.T                                              # (2048, F)
+        c.diagonal(i).zero_()
+        total += c.abs().sum(dtype=torch.double).item()
+        c.diagonal(i).fill_(-1)
+        nearest.append(c.amax(1))
+    nearest, n = torch.cat(nearest), n or max(1, 3 * N // 8)
+    Z = inputs[:max(1, min(4096, 2 ** 25 // N))] @ U.T * scale
+    s_n = Z.flatten().kthvalue(Z.numel() - n * len(Z) + 1).values.item()
+    return dict(c_dec=total / max(1, N * (N - 1)), s_n=s_n, n=n, nearest=nearest.mean().item(),
+                nearest_median=nearest.median().item(),
+                nearest_09=(nearest > 0.9).double().mean().item())
+
+# --- ground truth ---------------------------------------------------------------------------------
+
+def match(truth, learned):
+    """Indices (i, j) of the one-to-one matching of rows with the largest sum of signed cosines, and
+    the cosines [n, F]. Rows of the smaller set are all matched."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        data.fail("matching needs scipy; pip install scipy")
+    cosine = F.normalize(truth.float(), dim=1) @ F.normalize(learned.float(), dim=1).T
+    i, j = linear_sum_assignment(-cosine.cpu().numpy())
+    return torch.as_tensor(i), torch.as_tensor(j), cosine.cpu()
+
+def best_f1(z, on):
+    """The largest F1 over thresholds t of 'z > t' as a detector of on; z [M], bool on [M]."""
+    z, order = z.sort(descending=True)
+    hits, said = on[order].double().cumsum(0), torch.arange(1, len(z) + 1, device=z.device)
+    f1 = 2 * hits / (said + on.sum())
+    ends = torch.cat([z[:-1] > z[1:], z.new_ones(1, dtype=bool)]) & (z > 0)      # of ties
+    return f1[ends].max().item() if ends.any() else 0.0
+
+def hedging(W_dec, V, i, j, generator=None):
+    """Hedging degree of W_dec [F, D] for features V [n, D], latents j matched to features i."""
+    missing = np.setdiff1d(np.arange(len(V)), i)
+    if not len(missing):
+        return 0.0
+    delta = V[i] - F.normalize(W_dec, dim=1)[j]
+    def q(rows):                                              # the projector on the span of rows
+        Q = torch.linalg.qr(rows.T).Q
+        return (delta @ Q).norm(dim=1).mean().item()
+    random = [q(torch.randn(len(missing), V.shape[1], generator=generator)) for _ in range(50)]
+    q0 = sum(random) / 50
+    return max(0.0, (q(V[missing]) - q0) / (1 - q0)) if q0 < 1 else float("nan")
+
+@torch.no_grad()
+def ground_truth(W_dec, codes, toy, z, generator=None):
+    """Recovery of the features of a Toy by W_dec [F, D], whose codes z [M, F] stand beside the true
+    codes [M, n]."""
+    i, j, cosine = match(toy.features, W_dec)
+    on, z = codes > 0, z.cpu()
+    f1 = sum(best_f1(z[:, b], on[:, a]) for a, b in zip(i.tolist(), j.tolist())) / toy.n
+    off, alone, best = [], [], cosine.argmax(1)
+    for child, (parent, *_) in toy.parents.items():
+        silent = (z[:, best[parent]] <= 0).double()
+        off.append(silent[on[:, parent] & on[:, child]].mean().item())
+        alone.append(silent[on[:, parent] & ~on[:, child]].mean().item())
+    mean = lambda values: sum(values) / len(values) if values else None
+    return dict(mcc=cosine[i, j].mean().item(), mmcs_truth=cosine.amax(1).mean().item(),
+                mmcs_learned=cosine.amax(0).mean().item(), f1=f1,
+                found=(cosine.amax(1) >= 0.9).double().mean().item(),
+                absorbed=mean(off), absorbed_alone=mean(alone),
+                hedging=hedging(W_dec.cpu(), toy.features, i, j, generator))
+
+def recovery(sae, toy, mean):
+    """ground_truth of an SAE on 16,384 fresh samples of its toy, of 5 random dictionaries with as
+    many active latents (chance, means), and the true L0. mean [D] of the data, on the CPU."""
+    g = torch.Generator().manual_seed(0)
+    x, codes = toy.sample(16384, g)
+    W_dec = sae.t["W_dec"]
+    z = torch.cat([sae.encode(part.to(W_dec.device)).cpu() for part in x.split(2048)])
+    result = ground_truth(W_dec.cpu(), codes, toy, z, g)
+    k, chance = min(sae.d_sae, max(1, round((z != 0).sum().item() / len(z)))), []
+    for _ in range(5):
+        R = F.normalize(torch.randn(sae.d_sae, sae.d_in, generator=g), dim=1)
+        pre = (x - mean) @ R.T
+        vals, idx = pre.topk(k)
+        z = torch.zeros_like(pre).scatter_(1, idx, vals.relu())
+        chance.append(ground_truth(R, codes, toy, z, g))
+    return dict(result, true_l0=(codes > 0).sum().item() / len(codes), chance={
+        name: None if value is None else sum(c[name] for c in chance) / 5
+        for name, value in chance[0].items()})
+
+# --- language models ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def cross_entropies(model, block, cut, ids, replacements):
+    """Cross-entropy of each context with each function of x [m, D] in the place of x, and its KL
+    from the first: [2, functions, n]. Means over predictions of positions 1 to T - 2; kl: T - 1."""
+    import lm
+    out, first = torch.zeros(2, len(replacements), len(ids), dtype=torch.double), None
+    target = torch.from_numpy(ids[:, 2:]).long().to(model.device)
+    for i, replace in enumerate(replacements):
+        logp = lm.spliced(model, block, ids, cut, replace)[:, 1:].float().log_softmax(-1)
+        first = logp if first is None else first
+        ce = -logp[:, :-1].gather(-1, target[..., None])[..., 0]
+        out[0, i] = ce.double().mean(1)
+        out[1, i] = (first.exp() * (first - logp)).sum(-1).double().mean(1)
+    return out
+
+def language(saes, model, block, cut, mean, ids):
+    """Yields ce, recovered and kl of each SAE on token ids [n, T] of held-out contexts. block: which
+    x enters; cut: the norm above which x stays; mean [D]: what ablation to the mean puts there."""
+    ways = [lambda x: x, torch.zeros_like, mean.expand_as, *saes]
+    results, per_pass = [], max(1, 1024 // ids.shape[1])
+    with tqdm(total=ids.size, desc="language model", unit="tok", disable=None) as bar:
+        for i in range(0, len(ids), per_pass):
+            results.append(cross_entropies(model, block, cut, ids[i:i + per_pass], ways))
+            bar.update(ids[i:i + per_pass].size)
+    (ce, zero, mean, *spliced), kl = torch.cat(results, 2)
+    n = len(ids)
+    se = lambda v: (v.std() / n ** 0.5).item()
+    def recovered(s, ablated):                                # a ratio of means: by linearisation
+        gap = (ablated - ce).mean()
+        if gap.abs() < 1e-6:
+            return float("nan"), float("nan")
+        r = (ablated - s).mean() / gap
+        return r.item(), se((ablated - s - r * (ablated - ce)) / gap)
+    for s, k in zip(spliced, kl[3:]):
+        (z, z_se), (m, m_se) = recovered(s, zero), recovered(s, mean)
+        yield dict(tokens=ids.size, contexts=n, ce=ce.mean().item(), ce_zero=zero.mean().item(),
+                   ce_mean=mean.mean().item(), ce_spliced=s.mean().item(),
+                   increase=(s - ce).mean().item(), increase_se=se(s - ce),
+                   recovered_zero=z, recovered_zero_se=z_se, recovered_mean=m,
+                   recovered_mean_se=m_se, kl=k.mean().item(), kl_se=se(k))
+
+# --- agreement between seeds ----------------------------------------------------------------------
+
+def alike(a, b, peak, share, t):
+    """Of the share of a's live latents with the largest activations, the part that b has at a
+    cosine above t (Chen et al. 2025, fig. 5). a, b [F, D] unit rows, peak [F] of a."""
+    best = a[peak.topk(max(1, int((peak > 0).sum() * share))).indices]
+    return ((best @ b.T).amax(1) > t).double().mean().item()
+
+def consistency(runs):
+    """Of runs [(W_dec [F, D], peak [F])] of one setting, means over their pairs: mean signed cosine
+    of the best one-to-one matching of latents (PW-MCC of Song et al. 2025, stability of Wang et al.
+    2025), rank correlation of matched indices (order, Wang et al.), and `alike`."""
+    runs = [(F.normalize(W, dim=1).cpu(), peak.cpu()) for W, peak in runs]
+    cosine, order = [], []
+    for (a, _), (b, _) in itertools.combinations(runs, 2):
+        i, j, c = match(a, b)
+        cosine.append(c[i, j].mean().item())
+        order.append(np.corrcoef(i, j)[0, 1])
+    table = [dict(share=share, **{f"{t}": float(np.mean([
+        alike(a, b, peak, share, t) for (a, peak), (b, _) in itertools.permutations(runs, 2)]))
+        for t in (0.7, 0.8, 0.9)}) for share in (0.003, 0.05, 0.25, 1.0)]
+    return dict(matched_cosine=float(np.mean(cosine)), cosine_of_pairs=cosine,
+                order=float(np.mean(order)), alike=table)
+

@@ -8,8 +8,8 @@
 
 A RUN is what our scripts write, or any SAELens directory (standard, gated, topk, jumprelu). All are
 measured alike on the held-out part, at most 65,536 tokens, of the data that they record, or of the
-data that the flags name. Nothing was trained on it, but matryoshka_sae.py sets its threshold on half
-of it. metrics.py says what each number is. A run that cannot be measured costs one line and the exit
+data that the flags name. Nothing was trained on it, but matryoshka_sae.py sets its threshold on
+half. metrics.py says what each number is. A run that cannot be measured costs one line and the exit
 code 2; the others are measured all the same.
 """
 import argparse, datetime, json, sys
@@ -67,8 +67,8 @@ def chosen(sae, args, rate, total):
 
 @torch.no_grad()
 def features(sae, x, latents, rate, source, model, tokenizer):
-    """Of each latent: firing rate, peak, the SHOWN tokens whose logits its direction raises most and
-    lowers most, and the tokens around its largest activation in each of SHOWN held-out contexts.
+    """Yields, of each latent: firing rate, peak, the SHOWN tokens whose logits its direction raises
+    and lowers most, the tokens around its largest activation in each of SHOWN held-out contexts.
 
     Logits are of the direction alone, through the final norm and the unembedding, less those of 0:
     the direct path, without the layers in between."""
@@ -118,8 +118,8 @@ def tables(rows):
     """[(title, note, header, rows of cells)]: what the terminal and the page show of the rows."""
     pair = lambda r, name, form: f"{number(r[name], form)} \u00b1 {number(r[name + '_se'], form)}"
     first = rows[0]
-    out = [("Reconstruction and geometry", f"{first['tokens']:,} held-out tokens", [
-        "run", "l0", "\u00b1", "fvu", "gamma", "centred", "dead", "c_dec", "s_n", "nearest", "> 0.9"],
+    out = [("Reconstruction and geometry", f"{first['tokens']:,} held-out tokens",
+        "run l0 \u00b1 fvu gamma centred dead c_dec s_n nearest >0.9".split(),
         [[r["run"], number(r["l0"], ".2f"), number(r["l0_std"], ".1f"), number(r["fvu"]),
           number(r["gamma"], ".3f"), number(r["gamma_centred"], ".3f"), number(r["dead"], ".2%"),
           number(r["c_dec"]), number(r["s_n"], ".3f"), number(r["nearest"], ".3f"),
@@ -138,7 +138,7 @@ def tables(rows):
         names = [n for n in names if toy[0]["truth"][n] is not None]
         short = dict(mmcs_truth="mmcs truth>", mmcs_learned="mmcs <learned", absorbed_alone="alone")
         out.append(("Recovery of the true features (chance)",
-            f"true L0 {toy[0]['truth']['true_l0']:.2f}; chance: random dictionaries, as many active",
+            f"true L0 {toy[0]['truth']['true_l0']:.2f}; chance: random dictionaries, as sparse",
             ["run", *(short.get(n, n) for n in names)], [[r["run"], *(
                 f"{number(r['truth'][n], '.3f')} ({number(r['truth']['chance'][n], '.2f')})"
                 for n in names)] for r in toy]))
@@ -231,7 +231,7 @@ def measure(sae, x, mean, source):
     return row, latents
 
 def agreement(measured):
-    """Agreement between the seeds of each setting: added to its rows, and a table if there is any."""
+    """Agreement between the seeds of each setting: added to its rows; a table, if there is any."""
     groups, lines, skip = {}, [], data.FREE_TO_CHANGE | {"seed"}
     for sae, row, (_, peak, _) in measured:
         if "seed" in sae.flags:
@@ -245,12 +245,13 @@ def agreement(measured):
             lines += [[group[0][1]["run"], str(len(group)), number(result["matched_cosine"], ".3f"),
                        number(result["order"], ".3f"), f"{a['share']:.1%}",
                        *(number(a[t], ".3f") for t in ALIKE)] for a in result["alike"]]
-    return lines and ("Agreement between seeds", "cosine of latents matched one to one; order; of the "
-                      "share with the largest activations, how many another seed has at a cosine above",
-                      ["first of", "runs", "matched", "order", "share", *ALIKE], lines)
+    note = ("cosine of latents matched one to one; order; of the share with the largest "
+            "activations, how many another seed has at a cosine above")
+    header = ["first of", "runs", "matched", "order", "share", *ALIKE]
+    return lines and ("Agreement between seeds", note, header, lines)
 
 def evaluate_group(key, saes, args):
-    """Measure SAEs on one data set: prints tables, writes evaluation.json; the group for the page."""
+    """Measure SAEs on one data set: print tables, write evaluation.json; a group for the page."""
     source = open_data(key, saes[0], args)
     name, layer, text = source.meta["model_name"], source.flags.layer, source.meta.get("text_hash")
     if args.features and not text:
@@ -294,9 +295,11 @@ def write(path, text, flag):
         tmp.write_text(text, encoding="utf-8")
 
 def main(argv=None):
+    FAILED.clear()
     args = parse_args(argv)
     args.torch_device = data.setup(argparse.Namespace(
-        device=args.device, compile=False, bf16=False, batch_size=1, tokens=1, out=None, resume=False))
+        device=args.device, compile=False, bf16=False, batch_size=1, tokens=1, out=None,
+        resume=False))
     if args.torch_device.type == "cuda":
         torch.set_float32_matmul_precision("highest")         # no TF32 in what is printed
     saes = [sae for path in args.runs if (sae := attempt(metrics.SAE, path))]
@@ -306,7 +309,8 @@ def main(argv=None):
             groups.setdefault(key, []).append(sae)
     done = [attempt(evaluate_group, key, group, args) for key, group in groups.items()]
     done = [group for group in done if group]
-    if args.consistency and not any("consistency" in row for group in done for row in group["rows"]):
+    rows = [row for group in done for row in group["rows"]]
+    if args.consistency and not any("consistency" in row for row in rows):
         attempt(data.fail, "--consistency: no two of these runs differ in --seed alone; add some")
     if args.html and done:
         import page

@@ -8,7 +8,7 @@ Reconstruction, over all M tokens x with e = x - x_hat; sums come first, then on
   dead       share of latents silent on all M tokens; density: how many latents fire how often
 Geometry, of the decoder's rows d_i at norm 1 (Chanin and Garriga-Alonso 2025, 'Sparse but Wrong')
   c_dec      mean of |cos(d_i, d_j)| over i < j
-  s_n        the n B-th largest of the B F products of B tokens, as the encoder sees them, with the
+  s_n        number n B, from 0, of the descending B F products of B tokens, as the encoder sees them, with the
              d_i; n = 3 F / 8 (the paper has 18 of 50 and 12000 of 32768); in scaled units, where
              E|x'| = sqrt(D). On toys both are lowest near the true L0
   nearest    largest cosine with another latent: mean and median over latents, share above 0.9
@@ -49,8 +49,8 @@ VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold
 # --- saved SAEs -----------------------------------------------------------------------------------
 
 class SAE:
-    """The SAE of a run directory or of any SAELens 6 directory, for raw activations x [B, D], with the
-    codes that SAELens computes. Fails with one line if damaged, or of a kind not known here."""
+    """The SAE of a run directory, or of any SAELens 6 directory, for raw activations x [B, D]; its
+    codes are those of SAELens. Fails with one line if damaged, or of a kind not known here."""
     def __init__(self, path):
         self.path, (self.cfg, t) = path, data.load_sae(path)
         self.meta = self.cfg.get("metadata") or {}
@@ -153,8 +153,8 @@ def reconstruction(sae, x, mean):
 
 @torch.no_grad()
 def geometry(W_dec, inputs, scale=1.0, n=None):
-    """c_dec, s_n and nearest-neighbour cosines of W_dec [F, D]; inputs [B, D]: what the encoder sees
-    of some hundreds of tokens at least. s_n is times scale."""
+    """c_dec, s_n (times scale) and nearest-neighbour cosines of W_dec [F, D]; inputs [B, D]: what
+    the encoder sees of some hundreds of tokens at least."""
     U, N = F.normalize(W_dec, dim=1), len(W_dec)
     total, nearest = 0.0, []
     for i in range(0, N, 2048):
@@ -165,7 +165,7 @@ def geometry(W_dec, inputs, scale=1.0, n=None):
         nearest.append(c.amax(1))
     nearest, n = torch.cat(nearest), n or max(1, 3 * N // 8)
     Z = inputs[:max(1, min(4096, 2 ** 25 // N))] @ U.T * scale
-    s_n = Z.flatten().kthvalue(Z.numel() - n * len(Z) + 1).values.item()
+    s_n = Z.flatten().kthvalue(Z.numel() - n * len(Z)).values.item()
     return dict(c_dec=total / max(1, N * (N - 1)), s_n=s_n, n=n, nearest=nearest.mean().item(),
                 nearest_median=nearest.median().item(),
                 nearest_09=(nearest > 0.9).double().mean().item())
@@ -260,7 +260,7 @@ def cross_entropies(model, block, cut, ids, replacements):
     return out
 
 def language(saes, model, block, cut, mean, ids):
-    """Yields ce, recovered and kl of each SAE on token ids [n, T] of held-out contexts. block: which
+    """Yields ce, recovered and kl of each SAE on token ids [n, T] of held-out contexts. block: what
     x enters; cut: the norm above which x stays; mean [D]: what ablation to the mean puts there."""
     ways = [lambda x: x, torch.zeros_like, mean.expand_as, *saes]
     results, per_pass = [], max(1, 1024 // ids.shape[1])

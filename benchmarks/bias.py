@@ -1,7 +1,6 @@
 """Where do ceilings on frequency recover features? A sweep of targets, widths and updates, beside TopK and L1.
 
     python benchmarks/bias.py --out benchmarks/results/bias.md
-    python benchmarks/bias.py --runs DIR DIR DIR ...         # agreement between seeds of finished runs
 
 Three toys of 128 features in 42 dimensions: Chen et al.'s uniform one ('gba': 3 active, each feature in a
 share f = .0234 of the samples) and imbalanced one ('gba-imbalanced': 3 active in half of the samples, 20 in
@@ -21,14 +20,7 @@ features of the first, for 4000 steps of 512 samples in float32, all other flags
                 it among targets above (below) .0126, the middle of the two rates
   a < 0         latents with a negative scale, whose decoder's direction is taken as sign(a) w
 
---runs takes run directories of any script on the same data, some with flags that differ in --seed alone. Of
-the latents that fire on held-out data it takes the given share with the largest activations, and prints how
-many of them have a latent of another seed at a cosine above t (Chen et al., figure 5; mean over ordered pairs).
-benchmarks/results/agreement.md is of these, for S = 0, 1, 2 (.3 % of 4608 latents are 13):
-
-    python gba_sae.py --layer 6 --high 0.04 --seed S
-    python topk_sae.py --layer 6 --seed S
-    python vanilla_sae.py --layer 6 --target-l0 32 --seed S
+Agreement between the seeds of finished runs, on a language model: evaluate.py --consistency.
 """
 import argparse, contextlib, importlib, io, itertools, json, os, sys, tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -113,43 +105,6 @@ def row(toy, method, runs):
 PAPER = ["paper: TopK, k = 20 | 1.00 | .984", "paper: TopK, k = 30 | .984 | .242", "paper: TopK, k = 50 | .945 | .234",
          "paper: GBA, full range of targets | 1.00 | 1.00", "paper: GBA, wrong range | .383 | .039"]
 
-def compare(paths):
-    """Agreement between the seeds of finished runs, as lines of a table."""
-    import torch
-    import data
-    groups, x = {}, None
-    for path in paths:
-        cfg, tensors = data.load_sae(path)
-        flags = dict(cfg["metadata"]["flags"])
-        name = next(n for n, own in (("gba", "gamma_up"), ("matryoshka", "balance"), ("ordered", "prefix_law"),
-                                     ("topk", "k"), ("vanilla", "tied"), ("gated", "l1")) if own in flags)
-        sort = [flags[k] for k in ("model", "layer", "text", "context", "activations", "toy")], cfg["metadata"]["scale"]
-        if x is not None and sort != same:
-            data.fail(f"--runs: {path} and {paths[0]} are of different data; compare runs on the same")
-        if x is None:
-            same = sort
-            args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations") and v else v
-                                         for k, v in flags.items()})
-            source = data.open_source(args, torch.device("cpu"))
-            x = source.heldout() / source.scale + source.mean
-        sae = importlib.import_module(name + "_sae").load(path)
-        with torch.no_grad():
-            peak = torch.stack([sae.encode(part).amax(0) for part in x.split(2048)]).amax(0)
-        seed, key = flags.pop("seed"), {k: v for k, v in flags.items() if k not in data.FREE_TO_CHANGE}
-        groups.setdefault((name, json.dumps(key, sort_keys=True)), []).append(
-            (tensors["W_dec"], peak, cfg["metadata"]["results"], seed))
-    yield "| | seeds | L0 | share with the largest activations | t = .6 | .7 | .8 | .9 |"
-    yield "|---|---|--:|--:|--:|--:|--:|--:|"
-    for (name, _), runs in groups.items():
-        if len(runs) < 2:
-            data.fail(f"--runs: one run of {name} has no partner that differs in --seed alone; add one")
-        for share in (0.003, 0.05, 0.25, 1):
-            cells = [mean(alike(a, b, t, share) for a, b in itertools.permutations(runs, 2)) for t in (.6, .7, .8, .9)]
-            yield (f"| {name} | {sorted(run[3] for run in runs)} | {mean(run[2]['l0'] for run in runs):.1f} | "
-                   f"{share:.1%} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-    for name, cell in (("TopK", ".24"), ("GBA, by eye", "~.34"), ("L1, by eye", "~.55")):
-        yield f"| paper, 66 thousand latents of Qwen2.5-1.5B: {name} | 3 | | 0.3% | | | | {cell} |"
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,16 +112,9 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[40, 41, 42], help="default 40 41 42")
     parser.add_argument("--steps", type=int, default=4000, help="of 512 samples; default 4000")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
-    parser.add_argument("--runs", nargs="+", type=Path, help="run directories to compare, instead")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     args = parser.parse_args()
     from speed import machine
-    if args.runs:
-        text = "\n".join([machine(), "", *compare(args.runs)])
-        print(text)
-        if args.out:
-            args.out.write_text(text + "\n")
-        return
     lines = [f"{machine()}; float32, {args.steps} steps of 512 (where --tokens does not say otherwise), seeds "
              f"{args.seeds}, 512 latents where --d-sae does not say otherwise", ""]
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -66,3 +66,36 @@ def array(tmp_path_factory):
     path = tmp_path_factory.mktemp("array") / "X.npy"
     np.save(path, x.numpy())
     return path, toy
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "sleep", "run", "stone"]
+    rng = np.random.default_rng(0)
+    path.write_text("\n".join(" ".join(rng.choice(words, 12)) for _ in range(1200)))
+    return path
+
+@pytest.fixture(scope="session", params=["gpt2", "llama", "neox"])
+def tiny_lm(request, tmp_path_factory, text):
+    """A random causal LM with 4 blocks of width 32 and its own tokenizer, saved to a directory."""
+    import transformers as tf
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(text.read_text().splitlines(), trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"]))
+    torch.manual_seed(0)
+    size = dict(vocab_size=300, bos_token_id=0, eos_token_id=0)
+    if request.param == "gpt2":
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=4, n_embd=32, n_head=4, **size))
+    elif request.param == "llama":
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(
+            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
+    else:
+        model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
+            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
+    path = tmp_path_factory.mktemp("lm") / request.param
+    model.save_pretrained(path)
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
+                               bos_token="<|endoftext|>").save_pretrained(path)
+    return path

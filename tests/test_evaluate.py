@@ -1,0 +1,414 @@
+"""evaluate.py and metrics.py: definitions on random data, cases worked by hand, perfect and useless SAEs,
+SAELens' own directories, the command as a user runs it, and bad input."""
+import itertools
+import json
+import math
+import shutil
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import data
+import evaluate
+import lm
+import metrics
+from conftest import ROOT, run_script
+from test_runs import VARIANTS, run, script, toy_flags
+from toy import Toy
+
+SAELENS = ROOT / "tests/saelens"                   # made by benchmarks/saelens_check.py --fixtures
+
+def save(path, W_enc, W_dec, b_enc=None, b_dec=None, threshold=None, flags=None):
+    """Write an SAE as a run directory; flags: what it says about its data."""
+    path.mkdir(parents=True, exist_ok=True)
+    D, N = W_enc.shape
+    tensors = dict(W_enc=W_enc, W_dec=W_dec, b_dec=torch.zeros(D) if b_dec is None else b_dec,
+                   b_enc=torch.zeros(N) if b_enc is None else b_enc)
+    if threshold is not None:
+        tensors["threshold"] = torch.full((N,), threshold)
+    save_file({n: t.clone().contiguous() for n, t in tensors.items()}, path / "sae_weights.safetensors")
+    cfg = dict(architecture="standard" if threshold is None else "jumprelu", d_in=D, d_sae=N,
+               metadata=dict(flags=flags or {}))
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    return path
+
+@pytest.fixture
+def random_sae(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    D, N = 12, 40
+    return metrics.SAE(save(tmp_path / "random", torch.randn(D, N, generator=g) / 3,
+                            torch.randn(N, D, generator=g) / 3, torch.randn(N, generator=g) - 2,
+                            torch.randn(D, generator=g)))
+
+# --- definitions ----------------------------------------------------------------------------------
+
+def test_reconstruction_equals_its_definitions(random_sae):
+    """On 5000 random tokens with a large mean, against a few lines each, to 1e-6."""
+    t, x = random_sae.t, torch.randn(5000, 12, generator=torch.Generator().manual_seed(1)) * 2 + 3
+    got, (rate, peak, total) = metrics.reconstruction(random_sae, x, x.double().mean(0))
+    z = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    x_hat = (z @ t["W_dec"] + t["b_dec"]).double()
+    x = x.double()
+    m = x.mean(0)
+    want = dict(l0=(z > 0).double().sum(1).mean(), l0_std=(z > 0).double().sum(1).std(unbiased=False),
+                fvu=((x - x_hat) ** 2).sum() / ((x - m) ** 2).sum(),
+                gamma=(x_hat ** 2).sum() / (x * x_hat).sum(),
+                gamma_centred=((x_hat - m) ** 2).sum() / ((x - m) * (x_hat - m)).sum(),
+                dead=((z > 0).sum(0) == 0).double().mean())
+    for name, value in want.items():
+        assert abs(got[name] - value.item()) < 1e-6 * max(1, abs(value.item())), name
+    assert torch.allclose(rate, (z > 0).float().mean(0)) and torch.equal(peak, z.amax(0))
+    assert torch.allclose(total, z.double().sum(0))
+    density = got["density"]
+    assert sum(density["count"]) + density["dead"] == 40
+    log = rate[rate > 0].log10()
+    assert density["count"][-1] == ((log >= -0.5) & (log <= 0)).sum()
+
+def test_geometry_equals_its_definitions(random_sae):
+    W, x = random_sae.t["W_dec"], torch.randn(300, 12, generator=torch.Generator().manual_seed(2))
+    cosine = [[(a @ b / a.norm() / b.norm()).item() for b in W] for a in W]
+    pairs = [abs(cosine[i][j]) for i, j in itertools.combinations(range(40), 2)]
+    nearest = [max(c for j, c in enumerate(row) if j != i) for i, row in enumerate(cosine)]
+    got = metrics.geometry(W, x, scale=2.0)
+    assert abs(got["c_dec"] - np.mean(pairs)) < 1e-6 and abs(got["nearest"] - np.mean(nearest)) < 1e-6
+    Z = (2 * x @ (W / W.norm(dim=1, keepdim=True)).T).flatten().sort(descending=True).values
+    assert got["n"] == 15 and abs(got["s_n"] - Z[15 * 300].item()) < 1e-5
+    assert metrics.geometry(W, x, n=7)["n"] == 7
+    twins = torch.cat([W, W[:10]])                             # ten latents twice
+    assert metrics.geometry(twins, x)["nearest_09"] == 20 / 50
+    orthogonal = metrics.geometry(torch.eye(12)[:5], x)
+    assert abs(orthogonal["c_dec"]) < 1e-9 and abs(orthogonal["nearest"]) < 1e-9
+
+class Fixed:
+    """An SAE that answers with given reconstructions."""
+    d_sae = 3
+    def __init__(self, x_hat): self.x_hat, self.at = x_hat, 0
+    def both(self, x):
+        self.at += len(x)
+        return torch.zeros(len(x), 3), self.x_hat[self.at - len(x):self.at]
+
+def test_hand_computed():
+    """FVU is about the mean: errors of norm 1 around 100 are not small. Sums come before the ratio: one
+    token of large norm counts for more, where a mean of ratios is another number."""
+    x = torch.tensor([[101.0, 0], [99, 0]])
+    score = lambda x, x_hat: metrics.reconstruction(Fixed(x_hat), x, x.double().mean(0))[0]
+    assert score(x, torch.tensor([[100.0, 0], [100, 0]]))["fvu"] == 1           # the mean itself
+    assert score(x, torch.tensor([[101.0, 1], [99, 1]]))["fvu"] == 1            # 2 / 2; a var has 0
+    x = torch.tensor([[1.0, 0], [-1, 0], [3, 0], [-3, 0]])
+    x_hat = torch.tensor([[0.0, 0], [0, 0], [3, 0], [-3, 0]])
+    assert score(x, x_hat)["fvu"] == 2 / 20                    # the mean of ratios has 1 / 2
+    half = score(x, x / 2)                                     # 5 / 10: all shrunk to a half
+    assert half["gamma"] == half["gamma_centred"] == 0.5 and half["fvu"] == 0.25
+    moved = score(x + 10, x / 2 + 10)                          # shrinkage shows when centred
+    assert abs(moved["gamma_centred"] - 0.5) < 1e-9 and moved["gamma"] > 0.97
+
+def test_matching_and_mmcs():
+    """The assignment against all permutations; the two directions of MMCS differ; cosines are signed."""
+    g = torch.Generator().manual_seed(3)
+    V, W = torch.randn(4, 6, generator=g), torch.randn(6, 6, generator=g)
+    i, j, cosine = metrics.match(V, W)
+    best = max(sum(cosine[a, b].item() for a, b in enumerate(p)) for p in itertools.permutations(range(6), 4))
+    assert abs(cosine[i, j].sum().item() - best) < 1e-5
+    toy = Toy(d=3, probs=torch.full((2,), 0.5), orthogonal=True)
+    V = toy.features
+    W = torch.stack([V[0], -V[1], (V[0] + V[1]) / 2 ** 0.5])
+    codes = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])
+    got = metrics.ground_truth(W, codes, toy, torch.zeros(4, 3))
+    assert abs(got["mcc"] - (1 + 0.5 ** 0.5) / 2) < 1e-6 and got["found"] == 0.5
+    assert abs(got["mmcs_truth"] - (1 + 0.5 ** 0.5) / 2) < 1e-6
+    assert abs(got["mmcs_learned"] - (1 + 0 + 0.5 ** 0.5) / 3) < 1e-6 and got["f1"] == 0
+    assert got["absorbed"] is None and got["hedging"] == 0
+
+def test_f1_equals_a_loop_over_thresholds():
+    g = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        z = (torch.randn(60, generator=g).relu() * 3).round()           # many ties
+        on = torch.rand(60, generator=g) < 0.3
+        def f1(t):
+            said = z > t
+            return 2 * (said & on).sum().item() / max(1, (said.sum() + on.sum()).item())
+        assert abs(metrics.best_f1(z, on) - max(f1(t) for t in [0, 1, 2, 3, 4, 5, 6, 7])) < 1e-9
+    assert metrics.best_f1(torch.tensor([2.0, 1, 0]), torch.tensor([True, True, False])) == 1
+
+def test_absorption_and_hedging_by_hand():
+    """Parent 0 fires at tokens 0 to 3, its child 1 at 0 and 1: the parent's latent is silent at 0 of the
+    two, and at 2 of the other two. One latent, v0 + 0.5 v1 at norm 1, for two orthogonal features: q is
+    its part along v1, 0.5 / sqrt(1.25), q0 a random direction's."""
+    toy = Toy(d=8, probs=torch.tensor([0.5, 0]), orthogonal=True, parents={1: (0, 0.5, 0.0)})
+    codes = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 0], [0, 0]])
+    z = torch.tensor([[0.0, 1], [1, 1], [0, 0], [1, 0], [0, 0]])
+    got = metrics.ground_truth(toy.features, codes, toy, z)
+    assert got["absorbed"] == 0.5 and got["absorbed_alone"] == 0.5 and got["mcc"] > 0.9999
+    V = toy.features
+    W = (V[0] + 0.5 * V[1])[None]
+    i, j, _ = metrics.match(V, W)
+    delta = V[0] - W[0] / W[0].norm()
+    g = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(20_000, 8, generator=g), dim=1)
+    q, q0 = 0.5 / 1.25 ** 0.5, (directions @ delta).abs().mean().item()
+    got = metrics.hedging(W, V, i, j, torch.Generator().manual_seed(1))
+    assert abs(got - (q - q0) / (1 - q0)) < 0.03 and 0.3 < got < 0.4
+    assert metrics.hedging(V[:1], V, torch.tensor([0]), torch.tensor([0])) == 0          # pure
+
+def test_consistency_by_hand():
+    """A dictionary and its reversal agree perfectly, in the opposite order; random ones do not."""
+    W, peak = torch.randn(50, 20, generator=torch.Generator().manual_seed(5)), torch.arange(50.0)
+    same = metrics.consistency([(W, peak), (W.flip(0) * 3, peak)])
+    assert abs(same["matched_cosine"] - 1) < 1e-6 and abs(same["order"] + 1) < 1e-9
+    assert all(abs(row["0.9"] - 1) < 1e-9 for row in same["alike"])
+    other = metrics.consistency([(W, peak), (torch.randn(50, 20), peak)])
+    assert other["matched_cosine"] < 0.7 and other["alike"][-1]["0.9"] == 0
+
+# --- saved SAEs -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reads_every_script_as_it_reads_itself(variant, tmp_path):
+    run(variant, *toy_flags(variant), "--out", tmp_path / "run")
+    ours, theirs = metrics.SAE(tmp_path / "run"), script(variant).load(tmp_path / "run")
+    x = Toy.preset("song").sample(400, torch.Generator().manual_seed(9))[0]
+    with torch.no_grad():
+        z, x_hat = ours.both(x)
+        assert torch.allclose(z, theirs.encode(x), atol=1e-5) and torch.allclose(x_hat, theirs(x), atol=1e-5)
+        assert torch.equal(z, ours.encode(x)) and torch.equal(x_hat, ours(x)) and (z > 0).any()
+    names = {"gba-relu": "gba", "vanilla": "p-annealed"}       # VARIANTS' vanilla is annealed
+    assert ours.flags["variant"] == names.get(variant, variant)
+
+@pytest.mark.parametrize("name", sorted(p.name for p in SAELENS.iterdir() if p.is_dir()))
+def test_scores_saelens_directories_as_saelens_does(name, tmp_path):
+    """Directories that SAELens wrote: L0 and FVU are what SAELens says on the same held-out rows."""
+    expected = json.loads((SAELENS / "expected.json").read_text())[name]
+    shutil.copytree(SAELENS / name, tmp_path / name)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path / name), "--activations", str(SAELENS / "X.npy")])
+    got = json.loads((tmp_path / name / "evaluation.json").read_text())
+    assert stop.value.code == 0 and got["tokens"] == 100
+    assert abs(got["l0"] - expected["l0"]) < 1e-5 and abs(got["fvu"] / expected["fvu"] - 1) < 1e-5
+
+# --- perfect and useless SAEs ---------------------------------------------------------------------
+
+def toy_scores(W_enc, W_dec, path, name, b_dec=None):
+    """The row of an SAE on a toy whose features are 0 or near 1."""
+    source = data.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
+    sae = metrics.SAE(save(path, W_enc, W_dec, b_dec=b_dec, threshold=1e-3))
+    x = source.heldout() / source.scale + source.mean
+    row, _ = evaluate.measure(sae, x, x.double().mean(0), source)
+    return row
+
+def test_perfect_and_useless_saes_on_a_toy(tmp_path):
+    """The true features as dictionary: nothing lost, everything found. The mean as every answer: FVU 1.
+    The decoder's coordinates shuffled: chance."""
+    V, name = Toy.preset("absorption").features, "absorption"
+    row = toy_scores(V.T, V, tmp_path / "perfect", name)
+    truth = row["truth"]
+    assert row["fvu"] < 1e-10 and abs(row["gamma"] - 1) < 1e-6 and abs(row["gamma_centred"] - 1) < 1e-6
+    for key in ("mcc", "mmcs_truth", "mmcs_learned", "found", "f1"):
+        assert abs(truth[key] - 1) < 1e-5, key
+    assert truth["absorbed"] == truth["absorbed_alone"] == truth["hedging"] == 0
+    assert truth["chance"]["mcc"] < 0.4 and truth["chance"]["f1"] < 0.8
+    assert abs(truth["true_l0"] - row["l0"]) < 0.02
+    source = data.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
+    mean = (source.heldout() / source.scale + source.mean).mean(0)
+    zero = toy_scores(V.T * 0, V, tmp_path / "zero", name, b_dec=mean)
+    assert abs(zero["fvu"] - 1) < 1e-5 and zero["l0"] == 0 and zero["dead"] == 1
+    assert zero["truth"]["f1"] == 0 and zero["truth"]["absorbed"] == 1
+    g = torch.Generator().manual_seed(0)
+    scores = [toy_scores(V.T, V[:, torch.randperm(50, generator=g)], tmp_path / f"s{i}", name)["truth"]
+              for i in range(5)]
+    chance = np.mean([s["chance"]["mcc"] for s in scores])
+    assert abs(np.mean([s["mcc"] for s in scores]) - chance) < 0.1 and chance < 0.4
+
+@pytest.fixture(scope="module")
+def lm_run(tiny_lm, text, tmp_path_factory):
+    """Flags of a tiny language model's activations, and a folder for run directories."""
+    tmp = tmp_path_factory.mktemp("runs")
+    flags = dict(model=str(tiny_lm), layer=2, text=str(text), context=16, cache_dir=str(tmp / "cache"))
+    return flags, tmp
+
+def evaluate_lm(*argv):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(a) for a in argv])
+    return stop.value.code
+
+def test_perfect_and_useless_saes_in_a_language_model(lm_run, capsys):
+    """The identity as an SAE recovers all of the cross-entropy; zeros and the mean recover nothing,
+    each of its own ablation."""
+    flags, tmp = lm_run
+    eye, none = torch.eye(32), torch.zeros(32, 32)
+    perfect = save(tmp / "perfect", torch.cat([eye, -eye], 1), torch.cat([eye, -eye]), flags=flags)
+    zero = save(tmp / "zero", none, eye, flags=flags)
+    assert evaluate_lm(perfect, zero, "--contexts", 40) == 0
+    out = capsys.readouterr().out
+    assert "640 tokens in 40 held-out contexts" in out and "dropped positions and outliers" in out
+    mean = np.load(next((tmp / "cache").glob("*/mean.npy")))
+    mean = save(tmp / "mean", none, eye, b_dec=torch.from_numpy(mean), flags=flags)
+    assert evaluate_lm(mean, "--contexts", 40) == 0
+    row = {p.name: json.loads((p / "evaluation.json").read_text()) for p in (perfect, zero, mean)}
+    for key in ("recovered_zero", "recovered_mean"):
+        assert row["perfect"]["language"][key] == 1 and row["perfect"]["language"][key + "_se"] == 0
+    assert row["perfect"]["fvu"] < 1e-10 and row["perfect"]["language"]["kl"] == 0
+    assert row["perfect"]["language"]["increase"] == 0
+    assert row["zero"]["language"]["recovered_zero"] == 0 and row["zero"]["language"]["kl"] > 0
+    assert abs(row["mean"]["language"]["recovered_mean"]) < 1e-6
+    assert abs(row["mean"]["fvu"] - 1) < 0.01                  # of held-out data, not exactly theirs
+
+def test_cross_entropies_equal_a_loop(lm_run):
+    """Against transformers' own loss with the activations replaced by hand, context by context; dropped
+    positions stay; the standard error of the recovered share against a jackknife."""
+    flags, tmp = lm_run
+    path = flags["model"]
+    model, _, blocks = lm.load(path, path, torch.device("cpu"), torch.float32)
+    model.get_output_embeddings().weight.data *= 30            # sure of what it says, and the text is
+    g = torch.Generator().manual_seed(0)                       # what it says: there is much to lose
+    ids = torch.randint(0, 300, (12, 16), generator=g)
+    with torch.no_grad():
+        for t in range(1, 16):
+            ids[:, t] = model(ids).logits[:, t - 1].argmax(-1)
+    ids = ids.int().numpy()
+    h = lm.residual_stream(model, blocks[2], ids)
+    cut = h.norm(dim=-1).flatten().quantile(0.9).item()
+    mean, add = h.mean((0, 1)), torch.randn(32, generator=g) / 4
+    sae = lambda x: x * 0.7 + add
+    keep = ~(h.norm(dim=-1) > cut)
+    keep[:, 0] = False
+    assert 0.05 < (~keep[:, 1:]).float().mean() < 0.2
+    def by_hand(replace):
+        def hook(module, inputs, named):
+            x = inputs[0].clone() if inputs else named["hidden_states"].clone()
+            for b, t in keep.nonzero().tolist():
+                x[b, t] = replace(x[b, t])
+            return ((x, *inputs[1:]), named) if inputs else (inputs, dict(named, hidden_states=x))
+        handle = blocks[2].register_forward_pre_hook(hook, with_kwargs=True)
+        with torch.no_grad():
+            logp = model(torch.from_numpy(ids).long()).logits.log_softmax(-1)
+        handle.remove()
+        ce = [[-logp[b, t, ids[b, t + 1]].item() for t in range(1, 15)] for b in range(12)]
+        return np.mean(ce, 1), logp[:, 1:]
+    (ce, p), (zero, _), (mean_ce, _), (got, q) = (by_hand(f) for f in (
+        lambda v: v, torch.zeros_like, lambda v: mean, sae))
+    kl = (p.exp() * (p - q)).sum(-1).mean(1).numpy()
+    row = next(metrics.language([sae], model, blocks[2], cut, mean, ids))
+    assert abs(row["ce"] - ce.mean()) < 1e-5 and abs(row["ce_spliced"] - got.mean()) < 1e-5
+    assert abs(row["kl"] - kl.mean()) < 1e-5 and row["tokens"] == 192
+    for name, ablated in (("zero", zero), ("mean", mean_ce)):
+        share = lambda i: (ablated - got)[i].mean() / (ablated - ce)[i].mean()
+        assert abs(row[f"recovered_{name}"] - share(slice(None))) < 1e-4
+        left_out = [share(np.arange(12) != i) for i in range(12)]
+        jackknife = math.sqrt(11 / 12 * sum((s - np.mean(left_out)) ** 2 for s in left_out))
+        assert abs(row[f"recovered_{name}_se"] / jackknife - 1) < 0.3
+
+# --- the command ----------------------------------------------------------------------------------
+
+def test_contexts_and_values_of_a_latent(lm_run, capsys):
+    """A latent that reads one coordinate: its top contexts are those of the largest values, the peak
+    marked, and each value stands at the token that it belongs to."""
+    flags, tmp = lm_run
+    eye = torch.eye(32)
+    path = save(tmp / "coordinates", eye, eye, flags=flags)
+    assert evaluate_lm(path, "--contexts", 0, "--features", "3,7") == 0
+    out = capsys.readouterr().out
+    assert f"{path}, latent 3: fires on" in out and f"{path}, latent 7" in out and "raises [" in out
+    sae = metrics.SAE(path)
+    args = evaluate.parse_args([str(path)])
+    args.torch_device = torch.device("cpu")
+    source = evaluate.open_data(evaluate.data_flags(sae, args, None), sae, args)
+    x = source.heldout() / source.scale + source.mean
+    name = flags["model"]
+    model, tokenizer, blocks = lm.load(name, name, source.device, torch.float32)
+    (found,) = evaluate.features(sae, x, [3], (x > 0).float().mean(0), source, model, tokenizer)
+    ids, where = lm.heldout_tokens(source)
+    best, tops = x[:, 3], [c["values"][c["at"]] for c in found["contexts"]]
+    assert tops == sorted(tops, reverse=True) and abs(tops[0] - best.max().item()) < 1e-3
+    assert abs(found["rate"] - (best > 0).float().mean().item()) < 1e-6
+    row = best.argmax().item()
+    c, at = divmod(int(where[row]), 16)
+    lo = max(0, at - evaluate.WINDOW[0])
+    window = ids[c, lo:at + evaluate.WINDOW[1] + 1]
+    assert found["contexts"][0]["tokens"] == [tokenizer.decode([i]) for i in window]
+    h = lm.residual_stream(model, blocks[2], ids[c:c + 1])[0]
+    for t, value in zip(range(lo, 16), found["contexts"][0]["values"]):
+        if t > 0 and h[t].norm() <= source.meta["norm_cut"]:
+            assert abs(value - h[t, 3].relu().item()) < 0.01, t
+        else:
+            assert value == 0
+    logits = model.get_output_embeddings().weight
+    assert len(found["raises"]) == evaluate.SHOWN and logits.shape[0] == 300
+
+def test_command_with_everything(lm_run, text, tiny_lm, tmp_path):
+    """Two seeds of one setting and a run of another script: tables, evaluation.json, page, plot."""
+    for name, variant, seed in (("a", "topk", 0), ("b", "topk", 1), ("c", "vanilla", 0)):
+        argv = ["--model", tiny_lm, "--text", text, "--context", 16, "--cache-dir", tmp_path / "cache",
+                "--layer", 2, "--batch-size", 256, "--tokens", 4096, "--d-sae", 64, "--seed", seed,
+                *(["--k", 4] if variant == "topk" else [])]
+        run(variant, *argv, "--out", tmp_path / "runs" / name)
+    done = run_script("evaluate.py", *(f"runs/{n}" for n in "abc"), "--contexts", 10, "--consistency",
+                      "--html", "page.html", "--html-features", 5, "--plot", "frontier.png",
+                      "--features", "top", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("Reconstruction and geometry", "Language model with", "Agreement between seeds",
+                  "runs/a, latent"):
+        assert words in done.stdout
+    row = json.loads((tmp_path / "runs/a/evaluation.json").read_text())
+    results = json.loads((tmp_path / "runs/a/cfg.json").read_text())["metadata"]["results"]
+    assert row["l0"] == results["l0"] == 4 and abs(row["fvu"] / results["fvu"] - 1) < 1e-4
+    assert row["variant"] == "topk" and row["language"]["contexts"] == 10
+    assert -1 <= row["consistency"]["order"] <= 1 and "features" not in row
+    page = (tmp_path / "page.html").read_text()
+    assert "runs/c" in page and "<svg" in page
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+# --- bad input ------------------------------------------------------------------------------------
+
+def test_bad_runs_cost_one_line_each_and_the_others_are_measured(random_sae, tmp_path):
+    good = save(tmp_path / "good", torch.eye(16), torch.eye(16), flags=dict(model="toy", toy="song"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    copy = lambda name: shutil.copytree(good, tmp_path / name)
+    weights = copy("damaged") / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    cfg = copy("other-width") / "cfg.json"
+    cfg.write_text(cfg.read_text().replace('"d_sae": 16', '"d_sae": 17'))
+    cfg = copy("unknown") / "cfg.json"
+    cfg.write_text(cfg.read_text().replace("standard", "transcoder"))
+    cfg = copy("whitened") / "cfg.json"
+    cfg.write_text(cfg.read_text().replace('"d_in"', '"normalize_activations": "covariance_whitening", "d_in"'))
+    cfg = copy("no-k") / "cfg.json"
+    cfg.write_text(cfg.read_text().replace("standard", "topk"))
+    save(tmp_path / "nan", torch.eye(16) * float("nan"), torch.eye(16), flags=dict(model="toy", toy="song"))
+    save(tmp_path / "narrow", torch.eye(12), torch.eye(12), flags=dict(model="toy", toy="song"))
+    save(tmp_path / "lm-gone", torch.eye(16), torch.eye(16), flags=dict(
+        model=str(tmp_path / "nowhere"), layer=1, cache_dir=str(tmp_path / "cache")))
+    save(tmp_path / "toy-gone", torch.eye(16), torch.eye(16), flags=dict(model="toy", toy="no-such-toy"))
+    bad = dict(empty="no saved SAE", file="no saved SAE", nowhere="no saved SAE", damaged="damaged",
+               nan="NaN", unknown="transcoder", whitened="covariance_whitening",
+               narrow="takes D = 12", **{"other-width": "(16, 16), not (16, 17)", "no-k": "k = None",
+                                         "lm-gone": "no such directory", "toy-gone": "no-such-toy"})
+    done = run_script("evaluate.py", *bad, "good", cwd=tmp_path)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == len(bad), done.stderr
+    for name, words in bad.items():
+        assert any(words in line and line.startswith("evaluate.py: error: ") for line in lines), name
+    assert (tmp_path / "good/evaluation.json").exists() and "\ngood " in done.stdout
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "the following arguments are required: RUN"),
+    (["a", "--features", "x"], "--features x"),
+    (["a", "--plot", "frontier.gif"], "--plot frontier.gif"),
+    (["a", "--contexts", "-1"], "--contexts"),
+    (["a", "--device", "tpu"], "--device tpu")])
+def test_bad_flags(argv, words, one_line):
+    one_line(lambda: evaluate.main(argv), words)
+
+def test_what_cannot_be_done_with_these_runs(random_sae, one_line, tmp_path):
+    alone = save(tmp_path / "alone", torch.eye(16), torch.eye(16), flags=dict(model="toy", toy="song"))
+    one_line(lambda: evaluate.main([str(alone), "--features", "3"]), "--features", "no tokens")
+    one_line(lambda: evaluate.main([str(alone), "--consistency"]), "--consistency")
+    one_line(lambda: evaluate.main([str(random_sae.path)]), "records no data", "--activations")
+    one_line(lambda: evaluate.main([str(alone), "--model", "toy", "--layer", "3"]), "--layer")
+
+def test_a_latent_that_is_not_there(lm_run, one_line):
+    flags, tmp = lm_run
+    path = save(tmp / "few", torch.eye(32), torch.eye(32), flags=flags)
+    one_line(lambda: evaluate.main([str(path), "--features", "32", "--contexts", "0"]), "0 to 31")

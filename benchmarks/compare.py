@@ -134,6 +134,80 @@ def train(args):
         if code:
             print(f"{name} failed; see {args.runs / name}.log", flush=True)
 
+def evaluate(args):
+    """evaluate.py on all finished runs, method by method; those that have an evaluation.json are kept."""
+    for method in METHODS:
+        names = [n for n in OURS if n.startswith(f"ours-{method}-")]
+        names += [n for n, (_, variant, _) in PEERS.items() if variant == method]
+        names = [n for n in names if (args.runs / n / "cfg.json").exists()]
+        if not any(part in method for part in args.only or [""]) or not names or all(
+                (args.runs / n / "evaluation.json").exists() for n in names):
+            continue
+        command = [sys.executable, ROOT / "evaluate.py", *names]
+        seeds = [n for n in names if n.startswith(f"ours-{method}-32-s")]
+        subprocess.run(command + (["--consistency"] if len(seeds) > 1 else []), cwd=args.runs, check=True)
+
+def at_l0(rows, l0, value):
+    """value of our runs at this L0: between neighbours, its logarithm is linear in that of L0."""
+    import numpy as np
+    points = sorted((row["l0"], value(row)) for row in rows)
+    x, y = np.log([p[0] for p in points]), np.log([p[1] for p in points])
+    inside = x[0] - 0.02 <= np.log(l0) <= x[-1] + 0.02
+    return float(np.exp(np.interp(np.log(l0), x, y))) if inside else float("nan")
+
+def report(args):
+    """compare.md, frontier.png and the evaluation.json of every run, into RESULTS."""
+    sys.path.insert(0, str(ROOT))
+    import evaluate as ev
+    from speed import machine
+    rows = {}
+    for name in [*OURS, *PEERS]:
+        path = args.runs / name / "evaluation.json"
+        if path.exists():
+            rows[name] = json.loads(path.read_text())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name, row in rows.items():
+        row["run"] = name
+        (RESULTS / f"{name}.json").write_text(json.dumps(row) + "\n")
+    first = next(iter(rows.values()))
+    c = first["language"]
+    lines = [machine() + f"; {first['data']['model_name']} ({first['data']['model_hash'][:8]}), layer 6, text "
+             f"{first['data']['dataset_path']} ({first['data']['text_hash'][:8]}); FVU and L0 on {first['tokens']:,} "
+             f"held-out tokens, cross-entropy on {c['tokens']:,}: {c['ce']:.4f} as it is, {c['ce_zero']:.3f} ablated to "
+             f"zero, {c['ce_mean']:.3f} to the mean. Made by benchmarks/compare.py.", "", "**Ours**", "",
+             "| | seed | L0 | FVU | gamma | dead | CE recovered (mean ablation) | CE increase | KL | c_dec | seeds agree |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    def cells(row):
+        la = row["language"]
+        return (f"{row['l0']:.2f} | {row['fvu']:.4f} | {row['gamma_centred']:.3f} | {row['dead']:.2%} | "
+                f"{la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | {la['increase']:.4f} | "
+                f"{la['kl']:.4f} | {row['c_dec']:.4f}")
+    for method in METHODS:
+        for name in sorted((n for n in rows if n.startswith(f"ours-{method}-")), key=lambda n: (rows[n]["l0"] // 8, n)):
+            agree = rows[name].get("consistency", {}).get("matched_cosine")
+            lines.append(f"| {method} | {name[-1]} | {cells(rows[name])} | {f'{agree:.3f}' if agree else ''} |")
+    lines += ["", "**Peers, and ours at their L0** (between our runs at 16, 32 and 64, seed 0; log in log)", "",
+              "| variant | library | setting | L0 | FVU | ours there | CE increase | ours there | KL | ours there | dead | minutes |",
+              "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for name, (library, variant, how) in PEERS.items():
+        if name not in rows:
+            continue
+        row, own = rows[name], [rows[n] for n in rows if n.startswith(f"ours-{variant}-") and n.endswith("s0")]
+        there = [at_l0(own, row["l0"], f) for f in (lambda r: r["fvu"], lambda r: max(1e-9, r["language"]["increase"]),
+                                                    lambda r: r["language"]["kl"])]
+        there = [ev.number(v) for v in there]
+        seconds = json.loads((args.runs / name / "cfg.json").read_text())["metadata"]["peer"]["seconds"]
+        la = row["language"]
+        lines.append(f"| {variant} | {library} | {how} | {row['l0']:.2f} | {row['fvu']:.4f} | {there[0]} | "
+                     f"{la['increase']:.4f} \u00b1 {la['increase_se']:.4f} | {there[1]} | {la['kl']:.4f} | {there[2]} | "
+                     f"{row['dead']:.2%} | {seconds / 60:.1f} |")
+    (RESULTS.parent / "compare.md").write_text("\n".join(lines) + "\n")
+    for name, row in rows.items():                            # for the plot
+        row["variant"] = " ".join(PEERS[name][:2]) if name in PEERS else name.split("-")[1].replace("p", "p-annealed") \
+            if name.startswith("ours-p-") else name.split("-")[1]
+    ev.plot([dict(data="", rows=list(rows.values()))], RESULTS.parent / "compare.png")
+    print("\n".join(lines))
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -8,9 +8,10 @@ Reconstruction, over all M tokens x with e = x - x_hat; sums come first, then on
   dead       share of latents silent on all M tokens; density: how many latents fire how often
 Geometry, of the decoder's rows d_i at norm 1 (Chanin and Garriga-Alonso 2025, 'Sparse but Wrong')
   c_dec      mean of |cos(d_i, d_j)| over i < j
-  s_n        number n B, from 0, of the descending B F products of B tokens, as the encoder sees them, with the
-             d_i; n = 3 F / 8 (the paper has 18 of 50 and 12000 of 32768); in scaled units, where
-             E|x'| = sqrt(D). On toys both are lowest near the true L0
+  s_n        the product of an input, as the encoder sees it, and a row d_i that stands at place n B
+             in the descending order of all B F of them; n = 3 F / 8 (the paper has 18 of 50 and
+             12000 of 32768); in scaled units, where E|x'| = sqrt(D)
+             On toys both are lowest near the true L0
   nearest    largest cosine with another latent: mean and median over latents, share above 0.9
 Language model, x_hat spliced in at its layer; position 0 and outliers, which no SAE was trained on,
 stay as they are, under ablation too; predictions made at position 0 do not count

@@ -336,6 +336,7 @@ def test_contexts_and_values_of_a_latent(lm_run, capsys):
     logits = model.get_output_embeddings().weight
     assert len(found["raises"]) == evaluate.SHOWN and logits.shape[0] == 300
 
+@pytest.mark.parametrize("tiny_lm", ["llama"], indirect=True)
 def test_command_with_everything(lm_run, text, tiny_lm, tmp_path):
     """Two seeds of one setting and a run of another script: tables, evaluation.json, page, plot."""
     for name, variant, seed in (("a", "topk", 0), ("b", "topk", 1), ("c", "vanilla", 0)):

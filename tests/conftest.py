@@ -1,18 +1,21 @@
-"""Shared by the tests: short runs through the scripts' own train(), and the recovery score."""
+"""Shared by the tests: short runs through the scripts' own train(), the recovery score, and claims."""
 import contextlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+
+import claims
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -99,3 +102,29 @@ def tiny_lm(request, tmp_path_factory, text):
     tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
                                bos_token="<|endoftext|>").save_pretrained(path)
     return path
+
+# --- CLAIMS.md: tests/claims.py -------------------------------------------------------------------
+
+@pytest.fixture
+def claim(request):
+    """Call it once per claim of a paper, after the asserts: claim(paper, claim, figure, ours, verdict, **values)."""
+    return partial(claims.record, request.node)
+
+def pytest_addoption(parser):
+    parser.addoption("--claims", metavar="CLAIMS.md", help="write the table of the papers' claims into this file")
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if path := config.getoption("--claims"):
+        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+        good, line = claims.write(path, command, session.testsfailed)
+        config.claims_lines = [line]
+    else:
+        config.claims_lines = claims.compare()
+        good = not config.claims_lines
+    if not good and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in getattr(config, "claims_lines", []):
+        terminalreporter.write_line(line)

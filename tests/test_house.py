@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+import claims
 from conftest import ROOT, run_script
 
 SCRIPTS = sorted(ROOT.glob("*_sae.py"))
@@ -87,3 +88,37 @@ def test_readme_toy_commands_run(tmp_path):
 def test_help_is_complete(script):
     run = run_script(script.name, "--help")
     assert run.returncode == 0 and run.stdout.count("  --") >= 20 and "arXiv" in run.stdout
+
+def test_claims_page_is_that_of_the_tests():
+    """CLAIMS.md has a row for each call of claim() in the tests, with its words, and for each of those that
+    a committed table shows, with its numbers; and no other row. Numbers of the first kind are compared
+    when their test runs."""
+    page = claims.page_rows()
+    for row in claims.extra():
+        assert page.pop((row.shown, row.claim), None) == row, f"{row}; run python tests/claims.py"
+    for row in claims.calls():
+        there = page.pop((row.shown, row.claim), None)
+        assert there and there._replace(ours=row.ours) == row, f"{row}; run pytest --claims CLAIMS.md"
+        assert claims.ranges(row.ours, there.ours) is not None, f"{row}; run pytest --claims CLAIMS.md"
+    assert not page, f"nothing shows {list(page)}; run pytest --claims CLAIMS.md"
+
+def test_claims_page_is_compared():
+    """What a test measures fits its row, or the difference is named: other words, other numbers, and
+    where all seeds ran also a range that has become narrower."""
+    row = claims.Row("A", "it holds", ".9", "MCC {mcc:.2f}, dead {dead:.0%}", "test_x.py::test_x", "reproduced")
+    def why(mcc, dead=(0.02,), ours="MCC 0.40 to 0.90, dead 2%", variants=2, **changed):
+        measured = claims.Measured(row._replace(**changed))
+        measured.values.update(mcc=claims.Numbers(mcc), dead=claims.Numbers(dead))
+        claims.RAN[row.shown], claims.VARIANTS[row.shown] = {"[10]", "[11]"}, variants
+        try:
+            return claims.differs(measured, row._replace(ours=ours))
+        finally:
+            del claims.RAN[row.shown], claims.VARIANTS[row.shown]
+    written = claims.Numbers([0.404, 0.9, 0.5]), claims.Numbers([0.02])
+    assert row.ours.format(mcc=written[0], dead=written[1]) == "MCC 0.40 to 0.90, dead 2%"
+    assert f"{claims.Numbers([-0.001, 0.001]):.2f}" == "0.00" and f"{claims.Numbers([-0.2]):.1f}" == "-0.2"
+    assert why([0.4, 0.9]) == why([0.47, 0.73]) == why([0.33, 1.0], [0.06]) == ""
+    assert "mcc is 0.3 to 0.9" in why([0.3, 0.9]) and "mcc" in why([0.4, 1.1]) and "dead" in why([0.4, 0.9], [0.08])
+    assert "mcc is 0.6 to 0.7" in why([0.6, 0.7]) and why([0.6, 0.7], variants=3) == ""
+    assert "verdict" in why([0.4, 0.9], verdict="not") and "figure" in why([0.4, 0.9], figure=".8")
+    assert "ours reads" in why([0.4, 0.9], ours="MCC 0.40 to 0.90")

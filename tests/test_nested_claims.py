@@ -49,7 +49,7 @@ def absorption(sae, toy, other=0):
                      cosine[parent, cosine[child].argmax()].item()))
     return [mean(column) for column in zip(*rows)]
 
-def test_matryoshka_does_not_absorb():
+def test_matryoshka_does_not_absorb(claim):
     """Claim: on 'tree-24' (4 parents with 3 exclusive children each, 8 singles) at the true L0 of 2,
     over five seeds, the parent's latent is off in at least half of the cases where a child fires
     for TopK, and in at most .15 for Matryoshka; children's latents contain their parent with a
@@ -82,6 +82,20 @@ def test_matryoshka_does_not_absorb():
     assert low[0] >= 0.4 and low[2] >= 0.2 and low[1] >= low[4] + 0.1
     assert top[3] >= 0.5 and top[4] <= 0.15 and batch[4] <= 0.15
     assert all(abs(row[5]) < 0.1 for row in table.values())
+    claim("absorption", "sparsity hides a parent feature in its children: its latent is off, theirs contain it",
+          "so in L1, TopK and JumpReLU SAEs, on toys and language models",
+          "a tree of features, TopK: off in {off:.0%} where just the two fire, cosine {cosine:.2f}; independent pairs "
+          "{off_other:.0%}, {cosine_other:.2f}", "reproduced",
+          off=top[1], cosine=top[2], off_other=top[4], cosine_other=top[5])
+    claim("absorption", "the lower the L0, the more absorption", "yes (language models, figures)",
+          "a tree of features, Matryoshka, k = 1.4 and 2 (true: 2): off in {low:.0%} and {true:.0%}, cosine "
+          "{cosine_low:.2f} and {cosine_true:.2f}", "reproduced", low=low[1], true=nested[1], cosine_low=low[2],
+          cosine_true=nested[2])
+    claim("matryoshka", "Matryoshka absorbs far less than BatchTopK",
+          ".05, BatchTopK .49 (Gemma-2-2B, first letters, another measure)",
+          "a tree of features, parent's latent off in {off:.0%} and {off_batch:.0%}, cosine {cosine:.2f} and "
+          "{cosine_batch:.2f}", "reproduced", off=nested[1], off_batch=batch[1], cosine=nested[2],
+          cosine_batch=batch[2])
 
 # --- 3: hedging -----------------------------------------------------------------------------------
 
@@ -102,7 +116,7 @@ def started_near(monkeypatch):
 
 @pytest.mark.parametrize("toy, given, alone", [("independent", 0.2, 0.2), ("hierarchical", 0.2, 0.0),
                                                ("correlated", 0.2, 0.1), ("anticorrelated", 0.1, 0.2)])
-def test_a_narrow_sae_hedges(toy, given, alone, started_near):
+def test_a_narrow_sae_hedges(toy, given, alone, started_near, claim):
     """Claim: one latent for two features, f1 firing with probability `given` where f0 does and `alone`
     where not, contains f1 with the weight (relative to f0) that minimises the error: 0 when they are
     independent (the control), positive or negative as they are correlated; within .02, for every
@@ -126,8 +140,13 @@ def test_a_narrow_sae_hedges(toy, given, alone, started_near):
         f0, f1 = (V @ sae.W_dec.detach()[0]).tolist()
         print(f"{toy}, seed {seed}: f1 / f0 = {f1 / f0:+.3f}, predicted {predicted:+.3f}")
         assert abs(f1 / f0 - predicted) <= 0.02 and (predicted == 0 or f1 / f0 * predicted > 0)
+        claim("hedging", "too narrow an SAE mixes correlated features: hedging", "signs (its notebooks; text not "
+              "read): none where independent, positive where correlated, negative where anticorrelated",
+              "its toys, no L1 but a fixed L0, weight of the other feature: {independent:.2f} independent, "
+              "{hierarchical:.2f} a child, {correlated:.2f} correlated, {anticorrelated:.2f} anticorrelated",
+              "reproduced", **{toy: f1 / f0})
 
-def test_balance_trades_absorption_for_hedging(started_near):
+def test_balance_trades_absorption_for_hedging(started_near, claim):
     """Claim: on 'balanced' (a parent, three children; a level of one latent, then all four) latents are
     pure at an intermediate balance: the largest cosine with another's feature is at most .05 at
     .1 and .06 at the .25 of Chanin et al., but at least .2 at balance 0, by absorption (children
@@ -152,6 +171,11 @@ def test_balance_trades_absorption_for_hedging(started_near):
             if balance == 1:                                             # hedging
                 assert cosine[1:, 0].mean() >= 0.08
         assert mixed[0.1] <= 0.05 and mixed[0.25] <= 0.06 and mixed[0] >= 0.2 and mixed[1] >= 0.1
+        claim("hedging", "weights of levels trade absorption (0) for hedging (1); between, latents are pure",
+              "near perfect at .25 on this toy (its notebook; text not read)",
+              "its toy, no L1 but a fixed L0, largest cosine with another feature: {none:.2f} at 0, {tenth:.2f} at .1, "
+              "{quarter:.2f} at .25, {full:.2f} at 1", "reproduced",
+              none=mixed[0], tenth=mixed[0.1], quarter=mixed[0.25], full=mixed[1])
 
 # --- 4: the wrong L0 ------------------------------------------------------------------------------
 
@@ -164,7 +188,7 @@ def batch_topk(seed, k, *flags):
     sae, results = trained(matryoshka_sae, "wrong", seed, "--k", k, "--balance", 0, *flags)
     return sae, results, c_dec(sae), mcc(Toy.preset(f"wrong:{seed}").features, sae.W_dec)
 
-def test_the_true_l0_is_the_best():
+def test_the_true_l0_is_the_best(claim):
     """Claim: on 'wrong' (50 orthogonal features whose firing is correlated, true L0 10.95) BatchTopK's
     c_dec is least, and its MCC largest, at a k within one of 11, in the mean over three seeds. At
     k = 5 it reconstructs better than the true features do with as many codes, the largest ones,
@@ -177,6 +201,12 @@ def test_the_true_l0_is_the_best():
     assert abs(min(table, key=lambda k: table[k][0]) - 11) <= 1
     assert abs(max(table, key=lambda k: table[k][1]) - 11) <= 1
     assert table[5][1] <= table[11][1] - 0.1
+    claim("wrong-l0", "the decoder's c_dec is least at the true L0, 11 (50 correlated features)",
+          "least at 11 of 1 to 25",
+          "of 5, 8, 10, 11, 12, 14, 18 it is least at {best:.0f}, {there:.4f} against {at_11:.4f} at 11; MCC is best "
+          "at {best_mcc:.0f}", "partly", best=min(table, key=lambda k: table[k][0]),
+          best_mcc=max(table, key=lambda k: table[k][1]), there=min(row[0] for row in table.values()),
+          at_11=table[11][0])
     for seed in SEEDS:
         x, codes = Toy.preset(f"wrong:{seed}").sample(20_000, torch.Generator().manual_seed(99))
         sae = batch_topk(seed, 5)[0]
@@ -188,8 +218,11 @@ def test_the_true_l0_is_the_best():
         print(f"k 5, seed {seed}: L0 {n / len(x):.2f}, error {ours:.2f}, of the true features {true:.2f}, "
               f"with the best bias {best:.2f} (paper: 2.73, 4.88)")
         assert ours < best
+        claim("wrong-l0", "at too low a k, 5, an SAE of wrong features has a lower error than the true ones",
+              "2.73 against 4.88", "{ours:.1f} against {true:.1f} ({best:.1f} with the best bias), at an MCC of "
+              "{mcc:.2f}", "reproduced", ours=ours, true=true, best=best, mcc=batch_topk(seed, 5)[3])
 
-def test_annealing_k_from_above_recovers():
+def test_annealing_k_from_above_recovers(claim):
     """Claim: with k falling from 20 to 11 over 80 % of the run MCC is at least .97, and no more than
     .01 below that of k = 11 throughout, the control; with k rising from 2 to 11 it is at least .05
     below that. Means over three seeds."""
@@ -197,6 +230,9 @@ def test_annealing_k_from_above_recovers():
                          for seed in SEEDS) for start in (20, 11, 2)}
     print("MCC with k from " + ", ".join(f"{start}: {value:.3f}" for start, value in score.items()))
     assert score[20] >= max(0.97, score[11] - 0.01) and score[2] <= score[11] - 0.05
+    claim("wrong-l0", "k falling from 20 to 11 recovers the features, k rising from 2 does not", "so, in figures",
+          "MCC {falling:.2f} and {rising:.2f}, 11 throughout {constant:.2f}", "reproduced",
+          falling=score[20], rising=score[2], constant=score[11])
 
 # --- 5: order -------------------------------------------------------------------------------------
 
@@ -205,7 +241,7 @@ def order(truth, learned):
     cosine = cosines(truth, learned).numpy()
     return float(spearmanr(*linear_sum_assignment(-cosine)).statistic)
 
-def test_the_ordered_loss_orders(monkeypatch):
+def test_the_ordered_loss_orders(monkeypatch, claim):
     """Claim: on toy A of Wang et al. ('zipf': 100 features in 80 dimensions, 5 active) the Ordered
     SAE reaches their stability against the truth, .814, and order, .734, in the mean over three
     seeds, and seeds agree on the order: at least .5. TopK with the same annealing of k (the full
@@ -232,3 +268,12 @@ def test_the_ordered_loss_orders(monkeypatch):
     assert ordered[0] >= 0.814 and ordered[2] >= 0.734 and ordered[3] >= 0.5
     assert topk[0] >= ordered[0] - 0.02 and abs(topk[2]) <= 0.2 and abs(topk[3]) <= 0.2
     assert constant[2] <= ordered[2] - 0.1 and abs(control[3]) <= 0.25
+    claim("ordered", "the ordered loss orders latents by their features' frequency (toy A)", "order .734; L1 .016",
+          "{ours:.2f}; TopK, k annealed alike {topk:.2f}; between seeds {seeds:.2f}, on equal features {control:.2f}",
+          "reproduced", ours=ordered[2], topk=topk[2], seeds=ordered[3], control=control[3])
+    claim("ordered", "the ordered loss alone brings the order", "not separated from annealing k",
+          "without annealing {alone:.2f}, with it {both:.2f}, annealing alone {annealing:.2f}", "partly",
+          alone=constant[2], both=ordered[2], annealing=topk[2])
+    claim("ordered", "the ordered loss makes dictionaries more stable (toy A)", "with the truth .814; L1 .479",
+          "its figure is passed, but TopK's is as high: {ours:.2f}; TopK, k annealed alike {topk:.2f}", "not",
+          ours=ordered[0], topk=topk[0])

@@ -1,0 +1,330 @@
+"""CLAIMS.md: a row for each claim of the papers, from what tests measure and from committed tables.
+
+A test that holds a claim calls the fixture `claim` after its asserts, which make the verdict true:
+
+    claim("gated", "what it says", "the paper's figure", "ours, {fvu:.2f}", "reproduced", fvu=values)
+
+`fvu` is a number or several; those of all calls (seeds) become one range. `pytest --claims CLAIMS.md`
+writes the page, if every such test ran; any other session compares what it measured with the page.
+`python tests/claims.py` writes it with the rows of extra() alone made anew.
+"""
+import ast
+import math
+import os
+import platform
+import re
+from collections import namedtuple
+from datetime import date
+from functools import partial
+from pathlib import Path
+from string import Formatter
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "CLAIMS.md"
+MARK = "<!-- Above: written by pytest --claims. Below: written by hand, and left as it is. -->"
+COLUMNS = "paper", "claim", "the paper's figure", "ours", "shown by", "verdict"
+Row = namedtuple("Row", "paper claim figure ours shown verdict")
+NUMBER = r"[-+]?\d[\d.]*%?"
+
+arxiv = lambda who, number: f"{who}, [{number}](https://arxiv.org/abs/{number})"
+PAPERS = {                                          # in the order of the page
+    "bricken": "Bricken et al. 2023",
+    "cunningham": arxiv("Cunningham et al. 2023", "2309.08600"),
+    "gated": arxiv("Rajamanoharan et al. 2024", "2404.16014"),
+    "gao": arxiv("Gao et al. 2024", "2406.04093"),
+    "karvonen": arxiv("Karvonen et al. 2024", "2408.00113"),
+    "absorption": arxiv("Chanin et al. 2024", "2409.14507"),
+    "batchtopk": arxiv("Bussmann et al. 2024", "2412.06410"),
+    "matryoshka": arxiv("Bussmann et al. 2025", "2503.17547"),
+    "hedging": arxiv("Chanin et al. 2025", "2505.11756"),
+    "song": arxiv("Song et al. 2025", "2505.20254"),
+    "gba": arxiv("Chen et al. 2025", "2506.14002"),
+    "wrong-l0": arxiv("Chanin and Garriga-Alonso 2025", "2508.16560"),
+    "ordered": arxiv("Wang et al. 2025", "2512.02194"),
+}
+
+# --- claims that a committed table shows ----------------------------------------------------------
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+def table(file, column, *words, section=""):
+    """A cell of a committed Markdown table, as it stands there: of the only row after the line
+    **section** that has all these words as cells, in the (first) column with this heading."""
+    text = (ROOT / file).read_text()
+    header, found = [], []
+    for line in text[text.index(f"**{section}**") if section else 0:].splitlines():
+        if section and line.startswith("**") and line != f"**{section}**":
+            break
+        if line.startswith("|") and not set(line) <= set("|-: "):
+            header = header or cells(line)
+            if set(words) <= set(cells(line)) and column in header:
+                found.append(cells(line)[header.index(column)])
+        elif not line.startswith("|"):
+            header = []
+    assert len(found) == 1, (file, column, words, found)
+    return found[0]
+
+order = lambda column, *words: table("benchmarks/results/order.md", column, *words).split()[0]
+bias = lambda toy, column, *words: table("benchmarks/results/bias.md", column, *words, section=toy).split()[0]
+uniform = partial(bias, "gba")
+uneven = partial(bias, "gba-imbalanced")
+alike = lambda column, *words: table("benchmarks/results/agreement.md", column, *words)
+smollm2 = lambda column, *words: table("README.md", column, *words)
+ORDERED = "**Ordered** (k from 40, uniform law, full share .5)"
+by = lambda script, file: f"`benchmarks/{script}.py`, [{file}](benchmarks/results/{file})"
+LM = "smollm2, [README](README.md#what-we-measured): "
+
+def extra():
+    """-> [Row]: the claims that a benchmark or a table of the README shows. Numbers are read there."""
+    row = lambda paper, *rest: Row(PAPERS[paper], *rest)
+    topk, gba = smollm2("fvu", "`--k 32`"), smollm2("fvu", "`--high 0.04`")
+    return [
+        row("gated", "a gated SAE has a lower error than L1 at equal L0, on a language model",
+            "Pareto better at nearly all sites; half the L0 at equal loss recovered",
+            f"FVU {smollm2('fvu', 'gated_sae.py')} against "
+            f"{smollm2('fvu', 'vanilla_sae.py')}, L0 about 32, one seed; equal loss not tested",
+            LM + "`gated_sae.py --layer 6 --target-l0 32`", "partly"),
+        row("karvonen", "annealing p to .2 lowers the error of L1 at equal L0, on a language model",
+            "level with gated, on board games (of language models none known to us)",
+            f"FVU {smollm2('fvu', '`--target-l0 32 --p-end 0.2`')} against "
+            f"{smollm2('fvu', 'vanilla_sae.py')}, gated "
+            f"{smollm2('fvu', 'gated_sae.py')}; L0 about 32, one seed",
+            LM + "`vanilla_sae.py --layer 6 --target-l0 32 --p-end 0.2`", "reproduced"),
+        row("batchtopk", "BatchTopK has a lower error than TopK at an L0 of 32",
+            "at all widths, GPT-2 and Gemma-2-2B (its figures 1 and 2)",
+            f"FVU {smollm2('fvu', '`--balance 0`')} (one seed) against {topk} (three)",
+            LM + "`matryoshka_sae.py --layer 6 --balance 0`", "reproduced"),
+        row("matryoshka", "nesting costs a little reconstruction",
+            "variance explained .70, BatchTopK .72 (Gemma-2-2B, L0 40)",
+            f"FVU {smollm2('fvu', 'matryoshka_sae.py')} against "
+            f"{smollm2('fvu', '`--balance 0`')}, one seed, L0 about 32",
+            LM + "`matryoshka_sae.py --layer 6`", "reproduced"),
+        row("gba", "GBA's error is level with TopK's and below that of L1",
+            "a figure, read by eye, Qwen2.5-1.5B",
+            f"above both, and so in longer runs: FVU {gba} (three seeds) against TopK {topk}, L1 "
+            f"{smollm2('fvu', 'vanilla_sae.py')} (one seed), L0 about 32",
+            LM + "`gba_sae.py --layer 6 --high 0.04`", "not"),
+        row("gba", "ten groups have a lower error than one",
+            "far below: one group needs 15 to 70 active of 1000 for what ten do with 5 (a figure, by eye)",
+            f"a little lower: FVU {gba} (three seeds) against "
+            f"{smollm2('fvu', '`--high 0.0135 --groups 1` (one group, Bias Adaptation)')} (one seed), L0 about 32",
+            LM + "`gba_sae.py --layer 6 --high 0.0135 --groups 1`", "partly"),
+        row("gba", "seeds agree on more of GBA's latents with the largest activations than of TopK's",
+            "top .3 %: at a cosine above .9 ~.34 and .24 (the first by eye), at .8 ahead, too, at .7 level or behind",
+            f"top .3 %, at .7 {alike('.7', 'gba', '0.3%')} and {alike('.7', 'topk', '0.3%')}, at .8 "
+            f"{alike('.8', 'gba', '0.3%')} and {alike('.8', 'topk', '0.3%')}, but at .9 "
+            f"{alike('.9', 'gba', '0.3%')} and {alike('.9', 'topk', '0.3%')}",
+            "smollm2, " + by("bias", "agreement.md"), "partly"),
+        row("gba", "seeds agree on more of L1's latents than of GBA's, in most settings",
+            "top .3 %, at .9: ~.55 and ~.34 (by eye)",
+            f"{alike('.9', 'vanilla', '0.3%')} and {alike('.9', 'gba', '0.3%')}",
+            "smollm2, " + by("bias", "agreement.md"), "reproduced"),
+        row("gba", "a target at the frequency f of the features suits best ('resonance', second version)",
+            "share found at .9 at least .9 for targets of 1.5 to 4.5 f, .1 to .7 at f (a figure, n = 65,536)",
+            "no best target: on the uniform toy found at .9 "
+            + ", ".join(f"{uniform('FRR@.9', f'gba --groups 1 --high {p}')} at {name}" for p, name in (
+                (0.002, "f / 12"), (0.0047, "f / 5"), (0.02, ".9 f"), (0.03, "1.3 f"), (0.05, "2 f"), (0.1, "4 f"))),
+            by("bias", "bias.md"), "not"),
+        row("gba", "groups of the full range of targets recover an imbalanced toy",
+            "share found at .8 and .9: 1.00, 1.00 (secondary; its widths and steps unknown)",
+            "at .9 " + ", ".join(f"{uneven('FRR@.9', f'gba --high {p} --low 0.001 --d-sae {n}')} with "
+                                 f"targets {p} to .001, {n} latents" for p, n in ((0.5, 128), (0.5, 512), (0.1, 256))),
+            by("bias", "bias.md"), "not"),
+        row("gba", "TopK recovers the imbalanced toy with k = 20, and at .8 with k = 30 and 50",
+            "at .8 and .9: 1.00, .984; .984, .242; .945, .234 (secondary)",
+            "; ".join(f"{uneven('FRR@.8', f'topk --k {k} --d-sae 512')}, "
+                      f"{uneven('FRR@.9', f'topk --k {k} --d-sae 512')}" for k in (20, 30, 50))
+            + f"; it does with k = 10: {uneven('FRR@.9', 'topk --k 10 --d-sae 512')} at .9",
+            by("bias", "bias.md"), "not"),
+        row("ordered", "baselines recover about half of toy A, the Ordered SAE most of it",
+            "stability with the truth .814; L1 .479, Matryoshka .502, with random levels .480",
+            f"all recover it: {order('stability', ORDERED)}; {order('stability', 'L1')}, "
+            f"{order('stability', 'Matryoshka (BatchTopK, five levels)')}, "
+            f"{order('stability', 'Matryoshka, random levels')}; TopK {order('stability', 'TopK')}",
+            by("order", "order.md"), "not"),
+        row("ordered", "seeds agree on more of its latents than of the baselines'",
+            ".664; L1 .572, Matryoshka .538",
+            f"hardly more, and no more than of annealed TopK's: {order('between seeds', ORDERED)}; "
+            f"{order('between seeds', 'L1')}, {order('between seeds', 'Matryoshka (BatchTopK, five levels)')}; "
+            f"TopK {order('between seeds', 'TopK')}, annealed {order('between seeds', 'TopK, k from 40')}",
+            by("order", "order.md"), "partly"),
+        row("ordered", "a few levels (Matryoshka) bring no order",
+            "order .119, with random levels .054",
+            f"they do: {order('order', 'Matryoshka (BatchTopK, five levels)')}, "
+            f"{order('order', 'Matryoshka, random levels')}; the Ordered SAE {order('order', ORDERED)}",
+            by("order", "order.md"), "not"),
+        row("ordered", "its error is below that of L1 and Matryoshka (toy A), above that of TopK (its toy B)",
+            "toy A: .00725, .0257, .0339; toy B: no numbers",
+            f"all on toy A, FVU: {order('FVU', ORDERED)}, {order('FVU', 'L1')}, "
+            f"{order('FVU', 'Matryoshka (BatchTopK, five levels)')}; TopK {order('FVU', 'TopK')}",
+            by("order", "order.md"), "reproduced"),
+        row("ordered", "letting k fall from high to its value helps training",
+            "'significantly improves convergence', no numbers",
+            f"toy A: FVU {order('FVU', ORDERED)} against {order('FVU', 'Ordered, k not annealed')}, but on smollm2 "
+            f"{smollm2('fvu', 'ordered_sae.py')} against {smollm2('fvu', '`--k-start 32` (not annealed)')}, one seed",
+            by("order", "order.md") + "; smollm2, [README](README.md#what-we-measured)", "partly"),
+    ]
+
+# --- claims that tests show -----------------------------------------------------------------------
+
+class Numbers(list):
+    """Formats as its range, 'lo to hi', or as one number where both look alike."""
+    def __format__(self, spec):
+        lo, hi = format(min(self), spec), format(max(self), spec)
+        lo, hi = (re.sub(r"^-([0.]+%?)$", r"\1", end) for end in (lo, hi))             # no -0.00
+        return lo if lo == hi else f"{lo} to {hi}"
+
+class Measured:
+    """What the calls of one claim said, in one session."""
+    def __init__(self, row):
+        self.row, self.values = row, {}             # row.ours is the template
+
+    def ours(self):
+        return self.row.ours.format(**self.values)
+
+MEASURED, RAN, VARIANTS = {}, {}, {}                # (test, claim) -> Measured; test -> node names; -> how many
+
+def record(node, paper, claim, figure, ours, verdict, /, **values):
+    assert verdict in ("reproduced", "partly", "not"), verdict
+    test = f"{node.path.name}::{node.originalname}"
+    RAN.setdefault(test, set()).add(node.name)
+    VARIANTS[test] = math.prod(len(mark.args[1]) for mark in node.iter_markers("parametrize"))
+    row = Row(PAPERS[paper], claim, figure, ours, test, verdict)
+    measured = MEASURED.setdefault((test, claim), Measured(row))
+    assert measured.row == row, f"{test} says different things of one claim"
+    for name, value in values.items():
+        seen = measured.values.setdefault(name, Numbers())
+        seen.extend(map(float, value) if hasattr(value, "__iter__") else [float(value)])
+
+def complete(test):
+    return len(RAN.get(test, ())) == VARIANTS.get(test)
+
+def calls():
+    """[Row] of all calls of claim() in tests/, read from the sources; ours is the template."""
+    rows = []
+    for path in sorted(ROOT.glob("tests/test_*.py")):
+        for test in ast.parse(path.read_text()).body:
+            for call in ast.walk(test) if isinstance(test, ast.FunctionDef) else ():
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "claim":
+                    paper, claim, figure, ours, verdict = map(ast.literal_eval, call.args)
+                    rows.append(Row(PAPERS[paper], claim, figure, ours, f"{path.name}::{test.name}", verdict))
+    return rows
+
+# --- the page -------------------------------------------------------------------------------------
+
+def ranges(template, text):
+    """{field: (lo, hi, tolerance)} of a cell written from the template; None if it was not."""
+    pattern, names = "", []
+    for literal, name, spec, _ in Formatter().parse(template):
+        pattern += re.escape(literal)
+        if name:
+            names.append(name)
+            pattern += f"({NUMBER})(?: to ({NUMBER}))?"
+    found = re.fullmatch(pattern, text)
+    if not found:
+        return None
+    result = {}
+    for name, lo, hi in zip(names, found.groups()[::2], found.groups()[1::2]):
+        value = lambda s: float(s.rstrip("%")) / (100 if s.endswith("%") else 1)
+        digits = len(lo.rstrip("%").partition(".")[2]) + 2 * lo.endswith("%")
+        result[name] = value(lo), value(hi or lo), min(0.05, 5 * 10.0 ** -digits)
+    return result
+
+def differs(measured, row):
+    """Why what was measured does not fit the page's row; '' if it does. Both ends of a range may move
+    by 20 %, or by .05 (less where more than two digits are shown), whichever is larger; where some
+    seeds did not run, the others must lie within."""
+    for name in ("paper", "figure", "verdict"):
+        if getattr(measured.row, name) != getattr(row, name):
+            return f"{name} is '{getattr(measured.row, name)}'"
+    page = ranges(measured.row.ours, row.ours)
+    if page is None or len(page) < len(measured.values):
+        return f"ours reads '{measured.row.ours}'"
+    for name, values in measured.values.items():
+        lo, hi, least = page[name]
+        margin = lambda bound: max(least, 0.2 * abs(bound))
+        inside = lo - margin(lo) <= min(values) and max(values) <= hi + margin(hi)
+        ends = min(values) <= lo + margin(lo) and max(values) >= hi - margin(hi)
+        if not inside or complete(row.shown) and not ends:
+            return f"{name} is {min(values):.4g} to {max(values):.4g}"
+    return ""
+
+def shown(test):
+    return f"`tests/{test}`"
+
+def page_rows(path=PAGE):
+    """{(shown by, claim): Row} of the generated part; of a test without `tests/` and quotes."""
+    if not path.exists():
+        return {}
+    lines = path.read_text().partition(MARK)[0].splitlines()
+    rows = [Row(*cells(line)) for line in lines if line.startswith("|")][2:]
+    rows = [row._replace(shown=re.sub(r"^`tests/(\S+)`$", r"\1", row.shown)) for row in rows]
+    return {(row.shown, row.claim): row for row in rows}
+
+def compare():
+    """Lines, one for each claim of this session that does not fit the page."""
+    page, wrong = page_rows(), []
+    for key, measured in MEASURED.items():
+        why = differs(measured, page[key]) if key in page else "it has no row"
+        if why:
+            wrong.append(f"CLAIMS.md is not what {key[0]} says of '{key[1]}': {why}; run pytest --claims CLAIMS.md")
+    return wrong
+
+def machine():
+    cpu = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
+    return (f"{name[1].strip() if name else platform.processor()}, {os.cpu_count()} cores, torch "
+            f"{torch.__version__}, Python {platform.python_version()}, {date.today()}")
+
+def page_text(rows, written, by_hand):
+    rows = sorted(rows, key=lambda row: list(PAPERS.values()).index(row.paper))
+    verdicts = [row.verdict for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    assert all(line.count("|") == 7 for line in lines), "a cell has a |"
+    count = ", ".join(f"{verdicts.count(v)} {v}" for v in ("reproduced", "partly", "not"))
+    return f"""# Claims of the papers, and what we found
+
+{len(rows)} claims: {count}. The papers speak mostly of large language models; ours are toys whose
+true features are known, or smollm2 (SmolLM2-135M, layer 6, 2M tokens), as the last column but one says. The verdict is
+of the claim as it stands here. Papers' figures are as their texts, code or project pages have them; 'secondary', 'by
+eye' and 'unverified' say where we have less. Ranges of tests are over seeds that no setting was chosen on; their
+docstrings have margins and controls, and what was changed after a first look.
+
+Written by {written}.
+Numbers of benchmarks are read from their tables (`python tests/claims.py` reads them again). Every `pytest` compares
+what it measures with this page: words exactly, numbers to 20 % or .05 (less where more than two digits are shown).
+
+| {' | '.join(COLUMNS)} |
+|{'---|' * len(COLUMNS)}
+""" + "\n".join(lines) + f"\n\n{MARK}{by_hand}", f"{len(rows)} claims ({count})"
+
+def replace(path, text):
+    draft = Path(f"{path}.tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+def write(path, command, failed):
+    """Write the page, if all claims were measured and nothing failed. -> (was it written, a line)"""
+    missing = sorted({row.shown for row in calls() if not complete(row.shown)})
+    if missing or failed:
+        return False, f"{path} is left as it was: {failed} failed; not run in full: {', '.join(missing) or 'none'}"
+    assert {(row.shown, row.claim) for row in calls()} == set(MEASURED)
+    rows = [m.row._replace(ours=m.ours(), shown=shown(test)) for (test, _), m in MEASURED.items()]
+    by_hand = Path(path).read_text().partition(MARK)[2] if Path(path).exists() else "\n"
+    text, count = page_text(rows + extra(), f"`{command}` ({machine()})", by_hand)
+    replace(path, text)
+    return True, f"{path}: {count}"
+
+def refresh():
+    """Write CLAIMS.md with the rows of tables read again, those of tests as they stand there."""
+    old = PAGE.read_text()
+    rows = [row._replace(shown=shown(row.shown)) for row in page_rows().values() if "::" in row.shown]
+    text, count = page_text(rows + extra(), re.search(r"^Written by (.*)\.$", old, re.M)[1], old.partition(MARK)[2])
+    replace(PAGE, text)
+    print(f"{PAGE.name}: {count}")
+
+if __name__ == "__main__":
+    refresh()

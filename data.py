@@ -27,10 +27,12 @@ COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]       # torch
 
 # --- errors, processes, devices -------------------------------------------------------------------
 
+about = ""                    # what the lines below are about, where the flags alone do not say so
+
 def fail(message):
     """Bad input: one line on stderr and exit code 2."""
     if rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {about}{message}", file=sys.stderr)
     raise SystemExit(2)
 
 def first_line(err): return (str(err).strip() or type(err).__name__).splitlines()[0][:160]
@@ -205,6 +207,10 @@ class Source:
     def heldout(self):
         """x [M, D] that no batch contains, M <= 65536, centred and scaled like the batches."""
         return self.scaled(self._heldout())
+
+    def heldout_raw(self):
+        """The same as they are: what a saved SAE takes."""
+        return self._heldout().to(self.device).float()
 
 class ToySource(Source):
     """Fresh samples of a toy model; `truth` is the Toy, whose `features` [n, D] are the answer."""

@@ -10,7 +10,8 @@ A RUN is what our scripts write, or any SAELens directory (standard, gated, topk
 measured alike on the held-out part, at most 65,536 tokens, of the data that they record, or of the
 data that the flags name. Nothing was trained on it, but matryoshka_sae.py sets its threshold on
 half. metrics.py says what each number is. A run that cannot be measured costs one line and the exit
-code 2; the others are measured all the same.
+code 2; the others are measured all the same. Runs record paths as they were given: evaluate them
+from the folder where they were trained, or name the data.
 """
 import argparse, datetime, json, sys
 from pathlib import Path
@@ -38,11 +39,13 @@ def parse_args(argv=None):
     add("--html", type=Path, help="write the page there")
     add("--html-features", type=data.at_least(0), default=60,
         help="latents of each run on the page, evenly spaced by firing rate; default 60")
-    add("--plot", type=Path, help="write the L0-FVU frontier there, as .png or .svg")
+    add("--plot", type=Path, help="write the L0-FVU frontier there, as .png, .svg or .pdf")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     args = parser.parse_args(argv)
-    args.runs = list(dict.fromkeys(args.runs))
-    if args.features and args.features != "top":
+    args.runs = list({path.resolve(): path for path in args.runs}.values())
+    if args.html and args.html.is_dir():
+        parser.error(f"--html {args.html}: a folder; name a file")
+    if args.features is not None and args.features != "top":
         try:
             args.features = [int(i) for i in args.features.split(",")]
         except ValueError:
@@ -66,7 +69,7 @@ def chosen(sae, args, rate, total):
     return [alive[i * (len(alive) - 1) // max(1, n - 1)] for i in range(n)]
 
 @torch.no_grad()
-def features(sae, x, latents, rate, source, model, tokenizer):
+def features(sae, x, latents, rate, source, model, tokenizer, blocks):
     """Yields, of each latent: firing rate, peak, the SHOWN tokens whose logits its direction raises
     and lowers most, the tokens around its largest activation in each of SHOWN held-out contexts.
 
@@ -77,8 +80,8 @@ def features(sae, x, latents, rate, source, model, tokenizer):
     T, text = ids.shape[1], lambda i: tokenizer.decode([int(i)])
     context, place = where // T, where % T
     codes = torch.cat([sae.encode(part)[:, latents].cpu() for part in x.split(2048)])     # (M, n)
-    norms = [m for m in model.base_model.children()
-             if getattr(m, "weight", None) is not None and m.weight.ndim == 1]
+    norms = [m for parent in model.modules() if blocks in parent.children()
+             for m in parent.children() if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
     def logits(d):
         d = d.to(next(model.parameters()).dtype)
         return model.get_output_embeddings()(norms[-1](d) if norms else d).float()
@@ -127,7 +130,7 @@ def tables(rows):
     if lm := [r for r in rows if r.get("language")]:
         c = lm[0]["language"]
         out.append(("Language model with the reconstruction spliced in",
-            f"{c['tokens']:,} tokens in {c['contexts']} held-out contexts; cross-entropy as it is "
+            f"{c['contexts']} held-out contexts, {c['tokens']:,} tokens; cross-entropy as it is "
             f"{c['ce']:.4f}, ablated to zero {c['ce_zero']:.4f}, to the mean {c['ce_mean']:.4f}; "
             "dropped positions and outliers left as they are",
             ["run", "ce", "increase", "recovered of zero", "of mean", "kl"],
@@ -165,11 +168,12 @@ def plot(groups, path):
         by = {}
         for r in group["rows"]:
             y = r.get("fvu") if key == "fvu" else (r.get("language") or {}).get("recovered_mean")
-            by.setdefault(r["variant"], []).append((r["l0"], float("nan") if y is None else y))
+            label = r["variant"].replace("$", r"\$")
+            by.setdefault(label, []).append((r["l0"], float("nan") if y is None else y))
         for n, (label, points) in enumerate(by.items()):
             ax.plot(*zip(*sorted(points)), "os^Dv<>PX*"[n % 10] + "-", lw=0.8, ms=5, label=label,
                     color=f"C{n % 10}", mfc="none" if n >= 10 else None)
-        ax.set(xscale="log", xlabel="L0", title=group["data"][:70],
+        ax.set(xscale="log", xlabel="L0", title=group["data"][:70].replace("$", r"\$"),
                ylabel="FVU" if key == "fvu" else "cross-entropy recovered (mean ablation)")
         ax.title.set_fontsize(8)
         ax.legend(fontsize=7)
@@ -192,23 +196,31 @@ def attempt(function, *rest):
         FAILED.append(rest)
 
 def data_flags(sae, args, default):
-    """Which data an SAE is measured on, as JSON: what the command line says, else what its run
-    records, else what the first run that records any does."""
+    """Which data an SAE is measured on, as JSON: what its run records, or what the first run that
+    records any does, but for the flags given; with --model or --activations these alone."""
     given = {k: getattr(args, k) for k in DATA_FLAGS if getattr(args, k) is not None}
-    flags = given or sae.flags or default
-    if not flags:
+    recorded = {} if given.keys() & {"model", "activations"} else sae.flags or default or {}
+    flags = {k: (recorded | given).get(k) for k in DATA_FLAGS}
+    if not any(flags[k] for k in ("model", "layer", "activations")):
         data.fail(f"{sae.path}: records no data of ours; name them with --model and --layer, with "
                   "--activations, or with --model toy and --toy")
-    return json.dumps({k: flags.get(k) for k in DATA_FLAGS}, default=str)
+    numbers = "layer", "context", "cache_tokens"
+    if wrong := [k for k, v in flags.items() if v is not None and not isinstance(
+            v, int if k in numbers else (str, Path))]:
+        data.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
+    return json.dumps(flags, default=str)
 
-def open_data(key, sae, args):
+def open_data(key, saes, args):
     """The source behind data_flags; its flags as an attribute."""
     flags = argparse.Namespace(**json.loads(key), seed=0, batch_size=1, tokens=0)
     flags.activations = flags.activations and Path(flags.activations)
-    recorded, no_model = sae.flags.get("cache_dir"), flags.activations or flags.model == "toy"
-    flags.cache_dir = None if no_model else args.cache_dir or recorded and Path(recorded)
-    source = data.open_source(flags, args.torch_device)
-    source.flags = flags
+    cache = Path(str(saes[0].flags.get("cache_dir")))
+    cache = args.cache_dir or (cache if cache.is_dir() else None)
+    flags.cache_dir = None if flags.activations or flags.model == "toy" else cache
+    data.about = ", ".join(str(sae.path) for sae in saes[:3]) + ("" if len(saes) < 4 else ", ...")
+    data.about += ": "
+    source, source.flags = data.open_source(flags, args.torch_device), flags
+    data.about = ""
     return source
 
 def measure(sae, x, mean, source):
@@ -216,13 +228,15 @@ def measure(sae, x, mean, source):
     if sae.d_in != source.d_in:
         data.fail(f"{sae.path}: takes D = {sae.d_in}, but {source.meta['model_name']} has "
                   f"{source.d_in}; evaluate it on its own data")
-    for name in ("model_hash", "text_hash"):
-        if sae.meta.get(name, source.meta.get(name)) != source.meta.get(name):
-            print(f"note: {sae.path} was trained on another {name.removesuffix('_hash')}")
-    peer, own = sae.meta.get("peer") or {}, sae.flags.get("variant")
-    variant = own or peer.get("variant") or sae.meta.get("training_architecture") or sae.kind
-    row = dict(run=str(sae.path), variant=f"{peer.get('library', '')} {variant}".strip(),
-               architecture=sae.kind, d_in=sae.d_in, d_sae=sae.d_sae)
+    differs = [name for name in ("model_hash", "hook_name", "text_hash", "context_size",
+                                 "n_train_rows") if sae.meta.get(name) is not None
+               and sae.meta[name] != source.meta.get(name)]
+    if differs:
+        print(f"note: {sae.path} was trained on other data ({', '.join(differs)} differ), perhaps on "
+              "rows that are held out here")
+    variant = sae.meta.get("training_architecture") or sae.kind
+    row = dict(run=str(sae.path), variant=str(variant), architecture=sae.kind, d_in=sae.d_in,
+               d_sae=sae.d_sae)
     result, latents = metrics.reconstruction(sae.to(source.device), x, mean)
     scale = source.scale if sae.norm == "none" else 1.0
     row |= result | metrics.geometry(sae.t["W_dec"], sae.inputs(sae.normed(x[:4096])[0]), scale)
@@ -236,8 +250,8 @@ def agreement(measured):
     for sae, row, (_, peak, _) in measured:
         if "seed" in sae.flags:
             key = json.dumps({k: v for k, v in sae.flags.items() if k not in skip}, sort_keys=True)
-            groups.setdefault(key, []).append((sae, row, peak))
-    for group in groups.values():
+            groups.setdefault(key, {})[sae.flags["seed"]] = sae, row, peak
+    for group in map(list, map(dict.values, groups.values())):
         if len(group) > 1:
             result = metrics.consistency([(sae.t["W_dec"], peak) for sae, _, peak in group])
             for _, row, _ in group:
@@ -252,11 +266,11 @@ def agreement(measured):
 
 def evaluate_group(key, saes, args):
     """Measure SAEs on one data set: print tables, write evaluation.json; a group for the page."""
-    source = open_data(key, saes[0], args)
+    source = open_data(key, saes, args)
     name, layer, text = source.meta["model_name"], source.flags.layer, source.meta.get("text_hash")
     if args.features and not text:
-        data.fail(f"--features: {name} has no tokens to show; leave it out for these runs")
-    x = source.heldout() / source.scale + source.mean
+        attempt(data.fail, f"--features: {name} has no tokens to show; leave it out for these runs")
+    x = source.heldout_raw()
     mean, measured = x.double().mean(0), []
     for sae in tqdm(saes, desc="measure", unit="run", disable=None):
         if result := attempt(measure, sae, x, mean, source):
@@ -270,7 +284,7 @@ def evaluate_group(key, saes, args):
                                            source.device, getattr(torch, source.meta["dtype"]))
         ids, where = lm.heldout_tokens(source)
         ids = ids[np.unique(where // ids.shape[1])[:args.contexts]]
-        if args.contexts:
+        if ids.size and ids.shape[1] > 2:
             results = metrics.language(saes, model, blocks[layer], source.meta["norm_cut"],
                                        source.mean, ids)
             for row, result in zip(rows, results):
@@ -282,13 +296,21 @@ def evaluate_group(key, saes, args):
         print_table(*table)
     for sae, row, (rate, _, total) in measured:
         row.update(data=source.meta, evaluated=str(datetime.date.today()), torch=torch.__version__)
-        attempt(write, sae.path / "evaluation.json", json.dumps(row, indent=1), "run directory")
+        text_of_row = json.dumps(without_nan(row), indent=1, allow_nan=False)
+        attempt(write, sae.path / "evaluation.json", text_of_row, "run directory")
         if text and (latents := attempt(chosen, sae, args, rate, total)):
-            row["features"] = list(features(sae, x, latents, rate, source, model, tokenizer))
+            row["features"] = list(features(sae, x, latents, rate, source, model, tokenizer,
+                                            blocks))
             if args.features:
                 print_features(sae, row["features"])
     where = f"{name}, layer {layer}, text sha256 {text[:8]}" if text else name
     return dict(data=f"{where}, {len(x):,} held-out tokens", tables=shown, rows=rows)
+
+def without_nan(value):
+    """value with None in the place of each NaN: JSON has none."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value != value else value
 
 def write(path, text, flag):
     with data.replacing(path, flag) as tmp:
@@ -300,6 +322,8 @@ def main(argv=None):
     args.torch_device = data.setup(argparse.Namespace(
         device=args.device, compile=False, bf16=False, batch_size=1, tokens=1, out=None,
         resume=False))
+    if args.torch_device.type == "mps":
+        data.fail("--device mps: has no float64, in which sums are made; use --device cpu")
     if args.torch_device.type == "cuda":
         torch.set_float32_matmul_precision("highest")         # no TF32 in what is printed
     saes = [sae for path in args.runs if (sae := attempt(metrics.SAE, path))]
@@ -314,11 +338,9 @@ def main(argv=None):
         attempt(data.fail, "--consistency: no two of these runs differ in --seed alone; add some")
     if args.html and done:
         import page
-        write(args.html, page.render(done), "--html")
-        print(f"\npage: {args.html}")
+        attempt(write, args.html, page.render(done), "--html")
     if args.plot and done:
-        plot(done, args.plot)
-        print(f"plot: {args.plot}")
+        attempt(plot, done, args.plot)
     raise SystemExit(2 if FAILED else 0)
 
 if __name__ == "__main__":

@@ -214,8 +214,9 @@ def load(path, name, device, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=False)
     except Exception as err:
         fail(f"--model {name}: transformers cannot load {path} "
              f"({type(err).__name__}: {first_line(err)}); if damaged, delete it and run again")

@@ -21,17 +21,18 @@ stay as they are, under ablation too; predictions made at position 0 do not coun
   increase   ce spliced - ce
   _se        one standard error, as if contexts were independent; of the ratio, by linearisation
 Ground truth, of toys with features v_j [n, D]; chance: 5 random dictionaries, as many active
-  mcc        mean signed cosine of features and latents under the best one-to-one matching
+  mcc        mean signed cosine of the min(n, F) pairs of the best one-to-one matching
   mmcs_truth, mmcs_learned    mean over features of the best latent's cosine; the other way round
   found      share of features with a latent at a cosine of at least 0.9
   f1         best F1, over thresholds, of the matched latent as a detector of its feature; mean
+             over all n features, 0 for one without a latent
   absorbed   P(parent's latent silent | parent and child on), mean over the pairs of a tree; the
              parent's latent is the one nearest in cosine. absorbed_alone: where the child is off; a
              small k silences it there, too. Absorption is the difference (after Chanin et al. 2024)
   hedging    max(0, (q - q0) / (1 - q0)); q = mean |P (v - d)| over features v and their matched
              latents d, P projecting on the span of the features that have no latent; q0: on as many
              random directions. Chanin et al. 2025 (2505.11756) train a wider SAE to find these
-             features; here they are known
+             features; here they are known. Only where F < n, and fewer than D have none
 Agreement of seeds: `consistency`
 """
 import itertools
@@ -51,24 +52,29 @@ VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold
 
 class SAE:
     """The SAE of a run directory, or of any SAELens 6 directory, for raw activations x [B, D]; its
-    codes are those of SAELens. Fails with one line if damaged, or of a kind not known here."""
+    codes are those of SAELens in float32. Fails with one line if damaged, or of another kind."""
     def __init__(self, path):
         self.path, (self.cfg, t) = path, data.load_sae(path)
-        self.meta = self.cfg.get("metadata") or {}
-        self.flags, self.kind = self.meta.get("flags") or {}, self.cfg.get("architecture")
+        dicts = [self.cfg]                                    # and in it, perhaps:
+        for name in ("metadata", "flags"):
+            dicts.append(dicts[-1].get(name) or {} if isinstance(dicts[-1], dict) else None)
+        if not all(isinstance(d, dict) for d in dicts):
+            data.fail(f"{path}: damaged: its cfg.json is none of ours and none of SAELens")
+        _, self.meta, self.flags = dicts
+        self.kind, self.k = self.cfg.get("architecture"), self.cfg.get("k")
         self.d_in, self.d_sae = D, N = self.cfg.get("d_in"), self.cfg.get("d_sae")
-        self.norm = self.cfg.get("normalize_activations", "none")
-        if self.kind not in VECTORS:
+        self.norm = self.cfg.get("normalize_activations") or "none"
+        if not isinstance(self.kind, str) or self.kind not in VECTORS:
             data.fail(f"{path}: architecture {self.kind} is not one of {', '.join(VECTORS)}")
         shapes = dict(W_enc=(D, N), W_dec=(N, D), b_dec=(D,))
         shapes.update(dict.fromkeys(VECTORS[self.kind], (N,)))
         if wrong := [f"{n} is {tuple(t[n].shape) if n in t else 'missing'}, not {shape}"
                      for n, shape in shapes.items() if n not in t or tuple(t[n].shape) != shape]:
             data.fail(f"{path}: damaged, or cfg.json of another run: {'; '.join(wrong)}")
-        if bad := [n for n, v in t.items() if not v.isfinite().all()]:
-            data.fail(f"{path}: damaged: NaN or inf in {', '.join(bad)}")
-        if self.kind == "topk" and not 1 <= self.cfg.get("k", 0) <= N:
-            data.fail(f"{path}: damaged: cfg.json has k = {self.cfg.get('k')} of {N} latents")
+        if extra := t.keys() - shapes.keys():
+            data.fail(f"{path}: {', '.join(sorted(extra))}: no tensor of architecture {self.kind}")
+        if self.kind == "topk" and not (type(self.k) is int and 1 <= self.k <= N):
+            data.fail(f"{path}: damaged: cfg.json has k = {self.k} of {N} latents")
         if self.norm not in ("none", "layer_norm", "constant_norm_rescale") or \
                 self.cfg.get("reshape_activations", "none") != "none":
             data.fail(f"{path}: normalize_activations {self.norm}, reshape_activations "
@@ -78,6 +84,8 @@ class SAE:
             norm = self.t["W_dec"].norm(dim=1)
             self.t.update(W_enc=self.t["W_enc"] * norm, b_enc=self.t["b_enc"] * norm,
                           W_dec=self.t["W_dec"] / norm[:, None])
+        if bad := [n for n, v in self.t.items() if not v.isfinite().all()]:
+            data.fail(f"{path}: damaged: NaN or inf in {', '.join(bad)}")
 
     def to(self, device):
         self.t = {n: v.to(device) for n, v in self.t.items()}
@@ -107,7 +115,7 @@ class SAE:
         if self.kind == "jumprelu":
             return pre.relu() * (pre > t["threshold"])
         if self.kind == "topk":
-            vals, idx = pre.topk(self.cfg["k"], sorted=False)
+            vals, idx = pre.topk(self.k, sorted=False)
             return torch.zeros_like(pre).scatter_(-1, idx, vals.relu())
         return pre.relu()
 
@@ -129,7 +137,7 @@ class SAE:
 def reconstruction(sae, x, mean):
     """Metrics of an SAE on x [M, D] with mean [D] in float64; and of each latent [F]: how often it
     fires (rate), its largest activation (peak), the sum of its activations (total)."""
-    error = power = hh = xh = raw_hh = raw_xh = 0.0
+    error = power = hh = xh = raw_hh = raw_xh = 0.0           # hh: |x_hat|^2, xh: <x, x_hat>
     l0, fired, peak, total = [], 0, 0, 0
     for part in x.split(2048):
         z, x_hat = sae.both(part)
@@ -142,12 +150,13 @@ def reconstruction(sae, x, mean):
         l0.append((z != 0).sum(1).double())
         fired, total = fired + (z > 0).sum(0), total + z.sum(0, dtype=torch.double)
         peak = torch.maximum(z.amax(0), torch.as_tensor(peak, device=z.device))
-    ratio = lambda a, b: a / b if b else float("nan")
+    nan, constant = float("nan"), abs(xh) <= 1e-9 * (hh * power) ** 0.5      # x_hat is, then
     l0, rate = torch.cat(l0), fired / len(x)
     density = np.histogram(rate[rate > 0].double().log10().cpu(), EDGES)[0].tolist()
     return dict(tokens=len(x), l0=l0.mean().item(), l0_std=l0.std(unbiased=False).item(),
                 l0_5=l0.quantile(0.05).item(), l0_95=l0.quantile(0.95).item(),
-                fvu=ratio(error, power), gamma=ratio(raw_hh, raw_xh), gamma_centred=ratio(hh, xh),
+                fvu=error / power if power else nan, gamma=raw_hh / raw_xh if raw_xh else nan,
+                gamma_centred=nan if constant else hh / xh,
                 dead=(rate == 0).double().mean().item(),
                 density=dict(edges=EDGES, count=density, dead=int((rate == 0).sum()))
                 ), (rate, peak, total)
@@ -164,7 +173,7 @@ def geometry(W_dec, inputs, scale=1.0, n=None):
         total += c.abs().sum(dtype=torch.double).item()
         c.diagonal(i).fill_(-1)
         nearest.append(c.amax(1))
-    nearest, n = torch.cat(nearest), n or max(1, 3 * N // 8)
+    nearest, n = torch.cat(nearest) if N > 1 else W_dec.new_full((1,), torch.nan), n or 3 * N // 8
     Z = inputs[:max(1, min(4096, 2 ** 25 // N))] @ U.T * scale
     s_n = Z.flatten().kthvalue(Z.numel() - n * len(Z)).values.item()
     return dict(c_dec=total / max(1, N * (N - 1)), s_n=s_n, n=n, nearest=nearest.mean().item(),
@@ -195,15 +204,15 @@ def best_f1(z, on):
 def hedging(W_dec, V, i, j, generator=None):
     """Hedging degree of W_dec [F, D] for features V [n, D], latents j matched to features i."""
     missing = np.setdiff1d(np.arange(len(V)), i)
-    if not len(missing):
-        return 0.0
+    if not 0 < len(missing) < V.shape[1]:
+        return None
     delta = V[i] - F.normalize(W_dec, dim=1)[j]
     def q(rows):                                              # the projector on the span of rows
         Q = torch.linalg.qr(rows.T).Q
         return (delta @ Q).norm(dim=1).mean().item()
     random = [q(torch.randn(len(missing), V.shape[1], generator=generator)) for _ in range(50)]
     q0 = sum(random) / 50
-    return max(0.0, (q(V[missing]) - q0) / (1 - q0)) if q0 < 1 else float("nan")
+    return max(0.0, (q(V[missing]) - q0) / (1 - q0))
 
 @torch.no_grad()
 def ground_truth(W_dec, codes, toy, z, generator=None):
@@ -214,9 +223,9 @@ def ground_truth(W_dec, codes, toy, z, generator=None):
     f1 = sum(best_f1(z[:, b], on[:, a]) for a, b in zip(i.tolist(), j.tolist())) / toy.n
     off, alone, best = [], [], cosine.argmax(1)
     for child, (parent, *_) in toy.parents.items():
-        silent = (z[:, best[parent]] <= 0).double()
-        off.append(silent[on[:, parent] & on[:, child]].mean().item())
-        alone.append(silent[on[:, parent] & ~on[:, child]].mean().item())
+        silent, parent, child = (z[:, best[parent]] <= 0).double(), on[:, parent], on[:, child]
+        off += [silent[parent & child].mean().item()] if (parent & child).any() else []
+        alone += [silent[parent & ~child].mean().item()] if (parent & ~child).any() else []
     mean = lambda values: sum(values) / len(values) if values else None
     return dict(mcc=cosine[i, j].mean().item(), mmcs_truth=cosine.amax(1).mean().item(),
                 mmcs_learned=cosine.amax(0).mean().item(), f1=f1,
@@ -269,9 +278,9 @@ def language(saes, model, block, cut, mean, ids):
         for i in range(0, len(ids), per_pass):
             results.append(cross_entropies(model, block, cut, ids[i:i + per_pass], ways))
             bar.update(ids[i:i + per_pass].size)
-    (ce, zero, mean, *spliced), kl = torch.cat(results, 2)
+    (ce, ce_zero, ce_mean, *spliced), kl = torch.cat(results, 2)
     n = len(ids)
-    se = lambda v: (v.std() / n ** 0.5).item()
+    se = lambda v: (v.std() / n ** 0.5).item() if n > 1 else float("nan")
     def recovered(s, ablated):                                # a ratio of means: by linearisation
         gap = (ablated - ce).mean()
         if gap.abs() < 1e-6:
@@ -279,12 +288,12 @@ def language(saes, model, block, cut, mean, ids):
         r = (ablated - s).mean() / gap
         return r.item(), se((ablated - s - r * (ablated - ce)) / gap)
     for s, k in zip(spliced, kl[3:]):
-        (z, z_se), (m, m_se) = recovered(s, zero), recovered(s, mean)
-        yield dict(tokens=ids.size, contexts=n, ce=ce.mean().item(), ce_zero=zero.mean().item(),
-                   ce_mean=mean.mean().item(), ce_spliced=s.mean().item(),
+        (zero, zero_se), (mean, mean_se) = recovered(s, ce_zero), recovered(s, ce_mean)
+        yield dict(tokens=ids.size, contexts=n, ce=ce.mean().item(), ce_zero=ce_zero.mean().item(),
+                   ce_mean=ce_mean.mean().item(), ce_spliced=s.mean().item(),
                    increase=(s - ce).mean().item(), increase_se=se(s - ce),
-                   recovered_zero=z, recovered_zero_se=z_se, recovered_mean=m,
-                   recovered_mean_se=m_se, kl=k.mean().item(), kl_se=se(k))
+                   recovered_zero=zero, recovered_zero_se=zero_se, recovered_mean=mean,
+                   recovered_mean_se=mean_se, kl=k.mean().item(), kl_se=se(k))
 
 # --- agreement between seeds ----------------------------------------------------------------------
 
@@ -297,7 +306,8 @@ def alike(a, b, peak, share, t):
 def consistency(runs):
     """Of runs [(W_dec [F, D], peak [F])] of one setting, means over their pairs: mean signed cosine
     of the best one-to-one matching of latents (PW-MCC of Song et al. 2025, stability of Wang et al.
-    2025), rank correlation of matched indices (order, Wang et al.), and `alike`."""
+    2025), rank correlation of matched indices (order, Wang et al.), and `alike`. Dead latents count
+    in the first two. Memory 20 F^2 bytes, time about F^3: 3 s a pair at F = 4608."""
     runs = [(F.normalize(W, dim=1).cpu(), peak.cpu()) for W, peak in runs]
     cosine, order = [], []
     for (a, _), (b, _) in itertools.combinations(runs, 2):

@@ -107,7 +107,8 @@ def train_peer(name, out, steps=976):
     tensors = {n: t.detach().float().contiguous() for n, t in data.fold(tensors, source).items()}
     cfg = dict(extra, architecture=architecture, d_in=D, d_sae=F, dtype="float32", device="cpu",
                apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
-               metadata=dict(source.meta, sae_lens_version="6.54.12", flags=flags, peer=dict(
+               metadata=dict(source.meta, sae_lens_version="6.54.12", flags=flags,
+                             training_architecture=f"{library} {variant}", peer=dict(
                    library=library, variant=variant, how=how, lr=lr, steps=steps, batch=B, seconds=seconds,
                    **options)))
     tmp = out.with_name(out.name + ".tmp")

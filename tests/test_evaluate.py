@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,7 @@ def test_hand_computed():
     x = torch.tensor([[1.0, 0], [-1, 0], [3, 0], [-3, 0]])
     x_hat = torch.tensor([[0.0, 0], [0, 0], [3, 0], [-3, 0]])
     assert score(x, x_hat)["fvu"] == 2 / 20                    # the mean of ratios has 1 / 2
+    assert math.isnan(score(x, x * 0 + 7)["gamma_centred"])    # of a constant there is none
     half = score(x, x / 2)                                     # 5 / 10: all shrunk to a half
     assert half["gamma"] == half["gamma_centred"] == 0.5 and half["fvu"] == 0.25
     moved = score(x + 10, x / 2 + 10)                          # shrinkage shows when centred
@@ -120,7 +122,7 @@ def test_matching_and_mmcs():
     assert abs(got["mcc"] - (1 + 0.5 ** 0.5) / 2) < 1e-6 and got["found"] == 0.5
     assert abs(got["mmcs_truth"] - (1 + 0.5 ** 0.5) / 2) < 1e-6
     assert abs(got["mmcs_learned"] - (1 + 0 + 0.5 ** 0.5) / 3) < 1e-6 and got["f1"] == 0
-    assert got["absorbed"] is None and got["hedging"] == 0
+    assert got["absorbed"] is None and got["hedging"] is None              # no pairs; nothing missing
 
 def test_f1_equals_a_loop_over_thresholds():
     g = torch.Generator().manual_seed(4)
@@ -137,12 +139,13 @@ def test_absorption_and_hedging_by_hand():
     """Parent 0 fires at tokens 0 to 3, its child 1 at 0 and 1: the parent's latent is silent at 0 of the
     two, and at 2 of the other two. One latent, v0 + 0.5 v1 at norm 1, for two orthogonal features: q is
     its part along v1, 0.5 / sqrt(1.25), q0 a random direction's."""
-    toy = Toy(d=8, probs=torch.tensor([0.5, 0]), orthogonal=True, parents={1: (0, 0.5, 0.0)})
-    codes = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 0], [0, 0]])
-    z = torch.tensor([[0.0, 1], [1, 1], [0, 0], [1, 0], [0, 0]])
+    toy = Toy(d=8, probs=torch.tensor([0.5, 0, 0]), orthogonal=True,       # child 2 never fires
+              parents={1: (0, 0.5, 0.0), 2: (0, 0.0, 0.0)})
+    codes = torch.tensor([[1.0, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]])
+    z = torch.tensor([[0.0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
     got = metrics.ground_truth(toy.features, codes, toy, z)
     assert got["absorbed"] == 0.5 and got["absorbed_alone"] == 0.5 and got["mcc"] > 0.9999
-    V = toy.features
+    V = toy.features[:2]
     W = (V[0] + 0.5 * V[1])[None]
     i, j, _ = metrics.match(V, W)
     delta = V[0] - W[0] / W[0].norm()
@@ -152,6 +155,9 @@ def test_absorption_and_hedging_by_hand():
     got = metrics.hedging(W, V, i, j, torch.Generator().manual_seed(1))
     assert abs(got - (q - q0) / (1 - q0)) < 0.03 and 0.3 < got < 0.4
     assert metrics.hedging(V[:1], V, torch.tensor([0]), torch.tensor([0])) == 0          # pure
+    assert metrics.hedging(V, V, torch.arange(2), torch.arange(2)) is None               # all found
+    many = torch.randn(20, 8, generator=g)                     # those without a latent span all of R^8
+    assert metrics.hedging(many[:5], many, torch.arange(5), torch.arange(5)) is None
 
 def test_consistency_by_hand():
     """A dictionary and its reversal agree perfectly, in the opposite order; random ones do not."""
@@ -159,7 +165,8 @@ def test_consistency_by_hand():
     same = metrics.consistency([(W, peak), (W.flip(0) * 3, peak)])
     assert abs(same["matched_cosine"] - 1) < 1e-6 and abs(same["order"] + 1) < 1e-9
     assert all(abs(row["0.9"] - 1) < 1e-9 for row in same["alike"])
-    other = metrics.consistency([(W, peak), (torch.randn(50, 20), peak)])
+    other = torch.randn(50, 20, generator=torch.Generator().manual_seed(6))
+    other = metrics.consistency([(W, peak), (other, peak)])
     assert other["matched_cosine"] < 0.7 and other["alike"][-1]["0.9"] == 0
 
 # --- saved SAEs -----------------------------------------------------------------------------------
@@ -193,7 +200,7 @@ def toy_scores(W_enc, W_dec, path, name, b_dec=None):
     """The row of an SAE on a toy whose features are 0 or near 1."""
     source = data.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
     sae = metrics.SAE(save(path, W_enc, W_dec, b_dec=b_dec, threshold=1e-3))
-    x = source.heldout() / source.scale + source.mean
+    x = source.heldout_raw()
     row, _ = evaluate.measure(sae, x, x.double().mean(0), source)
     return row
 
@@ -206,7 +213,7 @@ def test_perfect_and_useless_saes_on_a_toy(tmp_path):
     assert row["fvu"] < 1e-10 and abs(row["gamma"] - 1) < 1e-6 and abs(row["gamma_centred"] - 1) < 1e-6
     for key in ("mcc", "mmcs_truth", "mmcs_learned", "found", "f1"):
         assert abs(truth[key] - 1) < 1e-5, key
-    assert truth["absorbed"] == truth["absorbed_alone"] == truth["hedging"] == 0
+    assert truth["absorbed"] == truth["absorbed_alone"] == 0 and truth["hedging"] is None
     assert truth["chance"]["mcc"] < 0.4 and truth["chance"]["f1"] < 0.8
     assert abs(truth["true_l0"] - row["l0"]) < 0.02
     source = data.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
@@ -214,6 +221,12 @@ def test_perfect_and_useless_saes_on_a_toy(tmp_path):
     zero = toy_scores(V.T * 0, V, tmp_path / "zero", name, b_dec=mean)
     assert abs(zero["fvu"] - 1) < 1e-5 and zero["l0"] == 0 and zero["dead"] == 1
     assert zero["truth"]["f1"] == 0 and zero["truth"]["absorbed"] == 1
+    assert math.isnan(zero["gamma_centred"])
+    alone = toy_scores(V[:1].T, V[:1], tmp_path / "alone", name)           # one latent of four, pure
+    assert alone["truth"]["mcc"] > 0.9999 and abs(alone["truth"]["f1"] - 0.25) < 1e-5
+    assert alone["truth"]["hedging"] < 1e-3 and math.isnan(alone["nearest"])
+    mixed = toy_scores((V[0] + V[1])[:, None], (V[0] + V[1])[None], tmp_path / "mixed", name)
+    assert mixed["truth"]["hedging"] > 0.4
     g = torch.Generator().manual_seed(0)
     scores = [toy_scores(V.T, V[:, torch.randperm(50, generator=g)], tmp_path / f"s{i}", name)["truth"]
               for i in range(5)]
@@ -224,6 +237,7 @@ def test_perfect_and_useless_saes_on_a_toy(tmp_path):
 def lm_run(tiny_lm, text, tmp_path_factory):
     """Flags of a tiny language model's activations, and a folder for run directories."""
     tmp = tmp_path_factory.mktemp("runs")
+    (tmp / "cache").mkdir()
     flags = dict(model=str(tiny_lm), layer=2, text=str(text), context=16, cache_dir=str(tmp / "cache"))
     return flags, tmp
 
@@ -241,7 +255,7 @@ def test_perfect_and_useless_saes_in_a_language_model(lm_run, capsys):
     zero = save(tmp / "zero", none, eye, flags=flags)
     assert evaluate_lm(perfect, zero, "--contexts", 40) == 0
     out = capsys.readouterr().out
-    assert "640 tokens in 40 held-out contexts" in out and "dropped positions and outliers" in out
+    assert "40 held-out contexts, 640 tokens" in out and "dropped positions and outliers" in out
     mean = np.load(next((tmp / "cache").glob("*/mean.npy")))
     mean = save(tmp / "mean", none, eye, b_dec=torch.from_numpy(mean), flags=flags)
     assert evaluate_lm(mean, "--contexts", 40) == 0
@@ -313,11 +327,12 @@ def test_contexts_and_values_of_a_latent(lm_run, capsys):
     sae = metrics.SAE(path)
     args = evaluate.parse_args([str(path)])
     args.torch_device = torch.device("cpu")
-    source = evaluate.open_data(evaluate.data_flags(sae, args, None), sae, args)
-    x = source.heldout() / source.scale + source.mean
+    source = evaluate.open_data(evaluate.data_flags(sae, args, None), [sae], args)
+    x = source.heldout_raw()
     name = flags["model"]
     model, tokenizer, blocks = lm.load(name, name, source.device, torch.float32)
-    (found,) = evaluate.features(sae, x, [3], (x > 0).float().mean(0), source, model, tokenizer)
+    rate = (x > 0).float().mean(0)
+    (found,) = evaluate.features(sae, x, [3], rate, source, model, tokenizer, blocks)
     ids, where = lm.heldout_tokens(source)
     best, tops = x[:, 3], [c["values"][c["at"]] for c in found["contexts"]]
     assert tops == sorted(tops, reverse=True) and abs(tops[0] - best.max().item()) < 1e-3
@@ -333,8 +348,13 @@ def test_contexts_and_values_of_a_latent(lm_run, capsys):
             assert abs(value - h[t, 3].relu().item()) < 0.01, t
         else:
             assert value == 0
-    logits = model.get_output_embeddings().weight
-    assert len(found["raises"]) == evaluate.SHOWN and logits.shape[0] == 300
+    norm = {"gpt2": "ln_f", "llama": "norm", "neox": "final_layer_norm"}[Path(name).name]
+    norm = getattr(model.base_model, norm)
+    with torch.no_grad():
+        d = sae.t["W_dec"][3]
+        logits = model.get_output_embeddings()(norm(d)) - model.get_output_embeddings()(norm(d * 0))
+    assert found["raises"][0] == tokenizer.decode([logits.argmax().item()])
+    assert found["lowers"][0] == tokenizer.decode([logits.argmin().item()])
 
 @pytest.mark.parametrize("tiny_lm", ["llama"], indirect=True)
 def test_command_with_everything(lm_run, text, tiny_lm, tmp_path):
@@ -355,7 +375,7 @@ def test_command_with_everything(lm_run, text, tiny_lm, tmp_path):
     results = json.loads((tmp_path / "runs/a/cfg.json").read_text())["metadata"]["results"]
     assert row["l0"] == results["l0"] == 4 and abs(row["fvu"] / results["fvu"] - 1) < 1e-4
     assert row["variant"] == "topk" and row["language"]["contexts"] == 10
-    assert -1 <= row["consistency"]["order"] <= 1 and "features" not in row
+    assert 0 < row["consistency"]["matched_cosine"] < 0.9 and "features" not in row
     page = (tmp_path / "page.html").read_text()
     assert "runs/c" in page and "<svg" in page
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
@@ -377,6 +397,15 @@ def test_bad_runs_cost_one_line_each_and_the_others_are_measured(random_sae, tmp
     cfg.write_text(cfg.read_text().replace('"d_in"', '"normalize_activations": "covariance_whitening", "d_in"'))
     cfg = copy("no-k") / "cfg.json"
     cfg.write_text(cfg.read_text().replace("standard", "topk"))
+    cfg = copy("odd-k") / "cfg.json"
+    cfg.write_text(cfg.read_text().replace('"standard"', '"topk", "k": "3"'))
+    (copy("list") / "cfg.json").write_text("[]")
+    cfg = copy("odd-flags") / "cfg.json"
+    cfg.write_text(cfg.read_text().replace('"song"', '5'))
+    cfg = copy("odd-metadata") / "cfg.json"
+    cfg.write_text(cfg.read_text().replace('"metadata": {', '"metadata": "x", "other": {'))
+    save_file(data.load_sae(good)[1] | dict(scaling_factor=torch.full((16,), 2.0)),
+              copy("extra") / "sae_weights.safetensors")
     save(tmp_path / "nan", torch.eye(16) * float("nan"), torch.eye(16), flags=dict(model="toy", toy="song"))
     save(tmp_path / "narrow", torch.eye(12), torch.eye(12), flags=dict(model="toy", toy="song"))
     save(tmp_path / "lm-gone", torch.eye(16), torch.eye(16), flags=dict(
@@ -384,13 +413,15 @@ def test_bad_runs_cost_one_line_each_and_the_others_are_measured(random_sae, tmp
     save(tmp_path / "toy-gone", torch.eye(16), torch.eye(16), flags=dict(model="toy", toy="no-such-toy"))
     bad = dict(empty="no saved SAE", file="no saved SAE", nowhere="no saved SAE", damaged="damaged",
                nan="NaN", unknown="transcoder", whitened="covariance_whitening",
-               narrow="takes D = 12", **{"other-width": "(16, 16), not (16, 17)", "no-k": "k = None",
-                                         "lm-gone": "no such directory", "toy-gone": "no-such-toy"})
+               narrow="takes D = 12", list="none of ours", extra="scaling_factor",
+               **{"other-width": "(16, 16), not (16, 17)", "no-k": "k = None", "odd-k": "k = 3",
+                  "odd-flags": "toy = 5", "odd-metadata": "none of ours",
+                  "lm-gone": "no such directory", "toy-gone": "no-such-toy"})
     done = run_script("evaluate.py", *bad, "good", cwd=tmp_path)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == len(bad), done.stderr
     for name, words in bad.items():
-        assert any(words in line and line.startswith("evaluate.py: error: ") for line in lines), name
+        assert any(words in line and line.startswith(f"evaluate.py: error: {name}: ") for line in lines), name
     assert (tmp_path / "good/evaluation.json").exists() and "\ngood " in done.stdout
 
 @pytest.mark.parametrize("argv, words", [
@@ -404,10 +435,42 @@ def test_bad_flags(argv, words, one_line):
 
 def test_what_cannot_be_done_with_these_runs(random_sae, one_line, tmp_path):
     alone = save(tmp_path / "alone", torch.eye(16), torch.eye(16), flags=dict(model="toy", toy="song"))
+    (alone / "evaluation.json").mkdir()
+    one_line(lambda: evaluate.main([str(alone)]), "evaluation.json", "cannot write")
+    (alone / "evaluation.json").rmdir()
     one_line(lambda: evaluate.main([str(alone), "--features", "3"]), "--features", "no tokens")
+    row = (alone / "evaluation.json").read_text()              # measured all the same, and strict JSON
+    assert json.loads(row, parse_constant=pytest.fail)["truth"]["hedging"] is None
+    one_line(lambda: evaluate.main([str(alone), "--html", str(tmp_path)]), "--html", "a folder")
     one_line(lambda: evaluate.main([str(alone), "--consistency"]), "--consistency")
     one_line(lambda: evaluate.main([str(random_sae.path)]), "records no data", "--activations")
+    flags = dict(model="toy", toy="song", seed=0)
+    same = [str(save(tmp_path / name, torch.eye(16), torch.eye(16), flags=flags)) for name in "ab"]
+    one_line(lambda: evaluate.main([*same, "--consistency"]), "--consistency")     # of one seed
     one_line(lambda: evaluate.main([str(alone), "--model", "toy", "--layer", "3"]), "--layer")
+
+@pytest.mark.parametrize("tiny_lm", ["gpt2"], indirect=True)
+def test_a_flag_replaces_one_of_the_recorded_ones(lm_run, tmp_path, capsys):
+    """--layer or --text alone leave the rest as recorded; what is held out may have been trained on,
+    which is said. Model code that a directory brings along never runs."""
+    flags, tmp = lm_run
+    path = save(tmp / "recorded", torch.eye(32), torch.eye(32), flags=flags)
+    cfg = json.loads((path / "cfg.json").read_text())
+    cfg["metadata"]["hook_name"] = "blocks.2.hook_resid_pre"
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    assert evaluate_lm(path, "--contexts", 0) == 0 and "note" not in capsys.readouterr().out
+    assert evaluate_lm(path, "--contexts", 0, "--layer", 1) == 0
+    assert "trained on other data (hook_name differ)" in capsys.readouterr().out
+    row = json.loads((path / "evaluation.json").read_text())["data"]
+    assert row["hook_name"] == "blocks.1.hook_resid_pre" and row["context_size"] == 16
+    other = shutil.copytree(flags["model"], tmp_path / "custom")
+    config = json.loads((other / "config.json").read_text())
+    config.update(model_type="mine", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert evaluate_lm(path, "--model", other, "--layer", 1, "--text", flags["text"], "--context", 16,
+                       "--cache-dir", tmp_path / "cache") == 2
+    assert "transformers cannot load" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 def test_a_latent_that_is_not_there(lm_run, one_line):
     flags, tmp = lm_run

@@ -232,8 +232,8 @@ def measure(sae, x, mean, source):
                                  "n_train_rows") if sae.meta.get(name) is not None
                and sae.meta[name] != source.meta.get(name)]
     if differs:
-        print(f"note: {sae.path} was trained on other data ({', '.join(differs)} differ), perhaps on "
-              "rows that are held out here")
+        print(f"note: {sae.path} was trained on other data ({', '.join(differs)} differ), perhaps "
+              "on rows that are held out here")
     variant = sae.meta.get("training_architecture") or sae.kind
     row = dict(run=str(sae.path), variant=str(variant), architecture=sae.kind, d_in=sae.d_in,
                d_sae=sae.d_sae)

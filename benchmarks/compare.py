@@ -34,8 +34,8 @@ OURS = {f"ours-{name}-{l0}-s{seed}": f"{script}_sae.py --layer 6 {flags[l0]} --s
         for seed in seeds for name, (script, flags) in METHODS.items()}
 
 K_VARIANTS = "topk", "batchtopk", "matryoshka"
-L1 = {("sae-lens", "vanilla"): 1.0, ("dictionary-learning", "vanilla"): 1.0,
-      ("sae-lens", "gated"): 2.0, ("dictionary-learning", "gated"): 2.0}
+L1 = {("sae-lens", "vanilla"): 1.0, ("dictionary-learning", "vanilla"): 1.8,
+      ("sae-lens", "gated"): 2.0, ("dictionary-learning", "gated"): 3.0}
 PEERS = {f"{library}-{variant}-{how}": (library, variant, how)
          for variant in ("topk", "vanilla", "gated", "batchtopk", "matryoshka")
          for how in ("tuned", "default")

@@ -6,12 +6,13 @@
     python benchmarks/compare.py report --runs runs/compare             # tables, frontier and raw figures
 
 smollm2, layer 6, 2M tokens in batches of 2048, 8 D = 4608 latents, data seed 0. Ours: each script with its
-defaults at an L0 of 16, 32 and 64 (seeds 0, 1, 2 at 32). Peers (SAELens 6.54.12, dictionary-learning 0.1.0,
-eai-sparsify 1.3.3), at 32: each library's own training step on the very batches that ours see, already centred
-and scaled, in bf16; twice: 'default' with its own learning rate and rule for dead latents, 'tuned' with our rate
-(2.3e-3), and with our rule, dead after 1 % of the tokens, where a library has that setting. Two favours: L1
-coefficients are those that give an L0 near 32 here (PEERS below), and dictionary-learning collects its BatchTopK
-threshold from step 488 on, as its own default, step 1000, is after the last. Peers need benchmarks/requirements.txt.
+defaults at an L0 of 16, 32 and 64 (seeds 0, 1, 2 at 32; BatchTopK and p-annealed L1: seed 0 alone, the latter at
+32). Peers (SAELens 6.54.12, dictionary-learning 0.1.0, eai-sparsify 1.3.3), at about 32: each library's own
+training step on the very batches that ours see, already centred and scaled, in bf16. 'tuned': with our learning
+rate (2.3e-3), and with our rule, dead after 1 % of the tokens, where a library has that setting; 'default', for
+TopK and L1: with its own. Two favours: L1 coefficients are those that give an L0 near 32 here (L1 below), and
+dictionary-learning collects its BatchTopK threshold from step 488 on, as its own default, step 1000, is after
+the last. Peers need benchmarks/requirements.txt.
 """
 import argparse, json, os, shutil, subprocess, sys, time
 from pathlib import Path
@@ -31,16 +32,18 @@ METHODS = {                                       # name: script, flags for an L
     "p-annealed": ("vanilla", {n: f"--p-end 0.2 {flags}" for n, flags in STEERED.items()})}
 OURS = {f"ours-{name}-{l0}-s{seed}": f"{script}_sae.py --layer 6 {flags[l0]} --seed {seed}"
         for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,)))
-        for seed in seeds for name, (script, flags) in METHODS.items()}
+        for seed in seeds for name, (script, flags) in METHODS.items()
+        if name not in ("batchtopk", "p-annealed") or (seed, l0) == (0, 32) or (name, seed) == ("batchtopk", 0)}
 
 K_VARIANTS = "topk", "batchtopk", "matryoshka"
 L1 = {("sae-lens", "vanilla"): 1.0, ("dictionary-learning", "vanilla"): 1.8,
       ("sae-lens", "gated"): 2.0, ("dictionary-learning", "gated"): 3.0}
 PEERS = {f"{library}-{variant}-{how}": (library, variant, how)
-         for variant in ("topk", "vanilla", "gated", "batchtopk", "matryoshka")
          for how in ("tuned", "default")
+         for variant in ("topk", "vanilla", "gated", "batchtopk", "matryoshka")
          for library in ("sae-lens", "dictionary-learning", "sparsify")
-         if library != "sparsify" or variant == "topk"}
+         if (library != "sparsify" or variant == "topk")
+         and (how == "tuned" or variant in ("topk", "vanilla"))}
 
 def tensors_of(library, variant, peer):
     """(architecture, tensors, extra cfg) of a trained peer, in SAELens' layout, for scaled inputs."""
@@ -136,17 +139,9 @@ def train(args):
             print(f"{name} failed; see {args.runs / name}.log", flush=True)
 
 def evaluate(args):
-    """evaluate.py on all finished runs, method by method; those that have an evaluation.json are kept."""
-    for method in METHODS:
-        names = [n for n in OURS if n.startswith(f"ours-{method}-")]
-        names += [n for n, (_, variant, _) in PEERS.items() if variant == method]
-        names = [n for n in names if (args.runs / n / "cfg.json").exists()]
-        if not any(part in method for part in args.only or [""]) or not names or all(
-                (args.runs / n / "evaluation.json").exists() for n in names):
-            continue
-        command = [sys.executable, ROOT / "evaluate.py", *names]
-        seeds = [n for n in names if n.startswith(f"ours-{method}-32-s")]
-        subprocess.run(command + (["--consistency"] if len(seeds) > 1 else []), cwd=args.runs, check=True)
+    """evaluate.py on all finished runs, in one go."""
+    names = [n for n in [*OURS, *PEERS] if (args.runs / n / "cfg.json").exists()]
+    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, "--consistency"], cwd=args.runs, check=True)
 
 def at_l0(rows, l0, value):
     """value of our runs at this L0: between neighbours, its logarithm is linear in that of L0."""
@@ -156,57 +151,54 @@ def at_l0(rows, l0, value):
     inside = x[0] - 0.02 <= np.log(l0) <= x[-1] + 0.02
     return float(np.exp(np.interp(np.log(l0), x, y))) if inside else float("nan")
 
+def method(name):
+    """'p-annealed' of 'ours-p-annealed-32-s0'; of a peer 'sae-lens topk'."""
+    return " ".join(PEERS[name][:2]) if name in PEERS else name[len("ours-"):].rsplit("-", 2)[0]
+
 def report(args):
-    """compare.md, frontier.png and the evaluation.json of every run, into RESULTS."""
-    sys.path.insert(0, str(ROOT))
+    """compare.md, compare.png, and the evaluation.json of every run, into RESULTS."""
     import evaluate as ev
     from speed import machine
-    rows = {}
-    for name in [*OURS, *PEERS]:
-        path = args.runs / name / "evaluation.json"
-        if path.exists():
-            rows[name] = json.loads(path.read_text())
+    found = {n: args.runs / n / "evaluation.json" for n in [*OURS, *PEERS]}
+    rows = {n: json.loads(path.read_text()) | dict(run=n) for n, path in found.items() if path.exists()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name, row in rows.items():
-        row["run"] = name
         (RESULTS / f"{name}.json").write_text(json.dumps(row) + "\n")
     first = next(iter(rows.values()))
-    c = first["language"]
-    lines = [machine() + f"; {first['data']['model_name']} ({first['data']['model_hash'][:8]}), layer 6, text "
-             f"{first['data']['dataset_path']} ({first['data']['text_hash'][:8]}); FVU and L0 on {first['tokens']:,} "
-             f"held-out tokens, cross-entropy on {c['tokens']:,}: {c['ce']:.4f} as it is, {c['ce_zero']:.3f} ablated to "
-             f"zero, {c['ce_mean']:.3f} to the mean. Made by benchmarks/compare.py.", "", "**Ours**", "",
-             "| | seed | L0 | FVU | gamma | dead | CE recovered (mean ablation) | CE increase | KL | c_dec | seeds agree |",
-             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    def cells(row):
-        la = row["language"]
-        return (f"{row['l0']:.2f} | {row['fvu']:.4f} | {row['gamma_centred']:.3f} | {row['dead']:.2%} | "
-                f"{la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | {la['increase']:.4f} | "
-                f"{la['kl']:.4f} | {row['c_dec']:.4f}")
-    for method in METHODS:
-        for name in sorted((n for n in rows if n.startswith(f"ours-{method}-")), key=lambda n: (rows[n]["l0"] // 8, n)):
-            agree = rows[name].get("consistency", {}).get("matched_cosine")
-            lines.append(f"| {method} | {name[-1]} | {cells(rows[name])} | {f'{agree:.3f}' if agree else ''} |")
-    lines += ["", "**Peers, and ours at their L0** (between our runs at 16, 32 and 64, seed 0; log in log)", "",
-              "| variant | library | setting | L0 | FVU | ours there | CE increase | ours there | KL | ours there | dead | minutes |",
-              "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for name, (library, variant, how) in PEERS.items():
-        if name not in rows:
-            continue
-        row, own = rows[name], [rows[n] for n in rows if n.startswith(f"ours-{variant}-") and n.endswith("s0")]
-        there = [at_l0(own, row["l0"], f) for f in (lambda r: r["fvu"], lambda r: max(1e-9, r["language"]["increase"]),
-                                                    lambda r: r["language"]["kl"])]
-        there = [ev.number(v) for v in there]
-        seconds = json.loads((args.runs / name / "cfg.json").read_text())["metadata"]["peer"]["seconds"]
-        la = row["language"]
-        lines.append(f"| {variant} | {library} | {how} | {row['l0']:.2f} | {row['fvu']:.4f} | {there[0]} | "
-                     f"{la['increase']:.4f} \u00b1 {la['increase_se']:.4f} | {there[1]} | {la['kl']:.4f} | {there[2]} | "
-                     f"{row['dead']:.2%} | {seconds / 60:.1f} |")
+    about, c = first["data"], first["language"]
+    lines = [f"{machine()}; {about['model_name']} (sha256 {about['model_hash'][:8]}), layer 6, text: {about['dataset_path']} "
+             f"({about['text_hash'][:8]}). FVU and L0 on {first['tokens']:,} held-out tokens, cross-entropy on {c['tokens']:,} "
+             f"of them, in nats: {c['ce']:.4f} as it is, {c['ce_zero']:.3f} ablated to zero, {c['ce_mean']:.3f} to the mean. "
+             "Made by benchmarks/compare.py.", "", "**Ours**", "",
+             "| | seed | L0 | FVU | gamma | dead | cross-entropy recovered (of the mean's) | increase | KL | c_dec |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for name in sorted((n for n in rows if n in OURS), key=lambda n: (list(METHODS).index(method(n)), rows[n]["l0"] // 12, n)):
+        r, la = rows[name], rows[name]["language"]
+        lines.append(f"| {method(name)} | {name[-1]} | {r['l0']:.2f} | {r['fvu']:.4f} | {r['gamma_centred']:.3f} | "
+                     f"{r['dead']:.2%} | {la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | "
+                     f"{la['increase']:.4f} | {la['kl']:.4f} | {r['c_dec']:.4f} |")
+    lines += ["", "**Peers, and ours at their L0** (between our three runs of seed 0; logarithms are linear in that of L0)", "",
+              "| | setting | L0 | dead | FVU | ours | cross-entropy recovered | ours | KL | ours |",
+              "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for name in sorted((n for n in rows if n in PEERS), key=lambda n: (list(METHODS).index(PEERS[n][1]), n)):
+        r, la, variant = rows[name], rows[name]["language"], PEERS[name][1]
+        own = [rows[n] for n in rows if n in OURS and method(n) == variant and n.endswith("s0")]
+        fvu, kl = (ev.number(at_l0(own, r["l0"], f)) for f in (lambda q: q["fvu"], lambda q: q["language"]["kl"]))
+        lost = at_l0(own, r["l0"], lambda q: max(1e-9, 1 - q["language"]["recovered_mean"]))
+        lines.append(f"| {method(name)} | {PEERS[name][2]} | {r['l0']:.2f} | {r['dead']:.2%} | {r['fvu']:.4f} | {fvu} | "
+                     f"{la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | {ev.number(1 - lost)} | "
+                     f"{la['kl']:.4f} | {kl} |")
+    lines += ["", "**Agreement of three seeds** (L0 32): mean cosine of latents matched one to one, order; of the latents with the "
+              "largest activations, how many have one of another seed at a cosine above", "",
+              "| | matched | order | share | 0.7 | 0.8 | 0.9 |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for name in rows:
+        if "consistency" in rows[name] and name.endswith("32-s0"):
+            r = rows[name]["consistency"]
+            lines += [f"| {method(name)} | {r['matched_cosine']:.3f} | {r['order']:.3f} | {a['share']:.1%} | "
+                      + " | ".join(f"{a[t]:.3f}" for t in ev.ALIKE) + " |" for a in r["alike"]]
     (RESULTS.parent / "compare.md").write_text("\n".join(lines) + "\n")
-    for name, row in rows.items():                            # for the plot
-        row["variant"] = " ".join(PEERS[name][:2]) if name in PEERS else name.split("-")[1].replace("p", "p-annealed") \
-            if name.startswith("ours-p-") else name.split("-")[1]
-    ev.plot([dict(data="", rows=list(rows.values()))], RESULTS.parent / "compare.png")
+    shown = [row | dict(variant=method(name)) for name, row in rows.items() if "default" not in name]
+    ev.plot([dict(data="", rows=shown)], RESULTS.parent / "compare.png")
     print("\n".join(lines))
 
 def main():

@@ -61,7 +61,7 @@ def readme_commands():
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.split("#")[0].replace("$k", "16") for b in blocks for line in b.splitlines()]
     parts = [part.strip().removeprefix("do ") for line in lines for part in re.split("&&|;", line)]
-    return [part for part in parts if "_sae.py" in part]
+    return [part for part in parts if "_sae.py" in part or "evaluate.py" in part]
 
 def test_readme_names_the_two_commands():
     text = (ROOT / "README.md").read_text()
@@ -72,7 +72,7 @@ def test_readme_names_the_two_commands():
 def test_readme_flags_exist(command):
     """Every command of the README parses; those on toys also run, shortened."""
     argv = shlex.split(command)
-    script = next(i for i, word in enumerate(argv) if word.endswith("_sae.py"))
+    script = next(i for i, word in enumerate(argv) if word.endswith(("_sae.py", "evaluate.py")))
     module = __import__(argv[script][:-3])
     module.parse_args(argv[script + 1:])
 

@@ -181,6 +181,7 @@ def plot(groups, path):
     with data.replacing(path, "--plot") as tmp:
         fig.savefig(tmp, format=path.suffix[1:], dpi=150)
     plt.close(fig)
+    return path
 
 # --- main -----------------------------------------------------------------------------------------
 
@@ -217,10 +218,13 @@ def open_data(key, saes, args):
     cache = Path(str(saes[0].flags.get("cache_dir")))
     cache = args.cache_dir or (cache if cache.is_dir() else None)
     flags.cache_dir = None if flags.activations or flags.model == "toy" else cache
-    data.about = ", ".join(str(sae.path) for sae in saes[:3]) + ("" if len(saes) < 4 else ", ...")
-    data.about += ": "
-    source, source.flags = data.open_source(flags, args.torch_device), flags
-    data.about = ""
+    names = [str(sae.path) for sae in saes[:3]] + ["..."] * (len(saes) > 3)
+    data.about = ", ".join(names) + ": "
+    try:
+        source = data.open_source(flags, args.torch_device)
+    finally:
+        data.about = ""
+    source.flags = flags
     return source
 
 def measure(sae, x, mean, source):
@@ -315,6 +319,7 @@ def without_nan(value):
 def write(path, text, flag):
     with data.replacing(path, flag) as tmp:
         tmp.write_text(text, encoding="utf-8")
+    return path
 
 def main(argv=None):
     FAILED.clear()
@@ -338,9 +343,10 @@ def main(argv=None):
         attempt(data.fail, "--consistency: no two of these runs differ in --seed alone; add some")
     if args.html and done:
         import page
-        attempt(write, args.html, page.render(done), "--html")
-    if args.plot and done:
-        attempt(plot, done, args.plot)
+        if attempt(write, args.html, page.render(done), "--html"):
+            print(f"\npage: {args.html}")
+    if args.plot and done and attempt(plot, done, args.plot):
+        print(f"plot: {args.plot}")
     raise SystemExit(2 if FAILED else 0)
 
 if __name__ == "__main__":

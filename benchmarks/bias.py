@@ -71,19 +71,15 @@ def train(job):
         negative = int((sae.a < 0).sum()) if name == "gba" else 0
         return W, sae.encode(x).amax(0), dict(meta["results"], negative=negative)
 
-def alike(a, b, t, share=0.25):
-    """Of the share of a's live latents with the largest activations, the part that b has at a cosine > t."""
-    best = a[0][a[1].topk(max(1, int((a[1] > 0).sum() * share))).indices]
-    return ((best @ b[0].T).amax(1) > t).float().mean().item()
-
 def row(toy, method, runs):
     import torch
+    from metrics import alike
     from toy import Toy
     features = Toy.preset(toy).features
     cosine = [features @ run[0].T for run in runs]
     score = lambda c, t: (c.amax(1) > t).float().mean().item()
     pairs = list(itertools.permutations(runs, 2))
-    agree = [mean(alike(a, b, t) for a, b in pairs) if pairs else float("nan") for t in (0.8, 0.9)]
+    agree = [mean(alike(a[0], b[0], a[1], 0.25, t) for a, b in pairs) if pairs else float("nan") for t in (0.8, 0.9)]
     r = {key: mean(run[2][key] for run in runs) for key in ("l0", "fvu", "dead", "negative")}
     budget = over = groups = ""
     if "groups" in runs[0][2]:

@@ -7,7 +7,8 @@
         reconstruct(x)  [B, D]
         plant(W, bias)  W [F, D] becomes decoder and encoder, bias the encoder's (of the gate)
 
-lr None means the library's own default. dead=share: that share of the latents counts as dead at
+lr None means the library's own default. ours=True: our schedule, a warm-up of a tenth of the steps and a linear
+decay over the last fifth, where the library's own does not decay already. dead=share: that share of the latents counts as dead at
 every step, so that AuxK is at work. 'matryoshka' has the same five levels for all, our default.
 Libraries that only have a training loop run that loop in a thread, which takes one batch per step.
 Only one library per process: some need stand-ins for packages that they import and that their
@@ -137,7 +138,7 @@ class Ours(Peer):
 class DictionaryLearning(Peer):
     """dictionary-learning 0.1.0: the trainers' update; bf16 by an autocast of ours around it."""
     def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead_after=None, dead=0.0,
-                 l1=None):
+                 l1=None, ours=False):
         stand_in("nnsight", "circuitsvis", "circuitsvis.activations", "umap", "zstandard")
         from dictionary_learning import trainers
         from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
@@ -148,7 +149,8 @@ class DictionaryLearning(Peer):
             sparsity_warmup_steps=min(2000, steps // 2), **({"l1_penalty": l1} if l1 else {}))
         self.trainer = trainer(
             steps=steps, activation_dim=d, dict_size=F, layer=0, lm_name="none", seed=seed,
-            device="cpu", warmup_steps=min(1000, max(steps // 3, 1)), **options,
+            device="cpu", warmup_steps=min(1000, max(steps // (10 if ours else 3), 1)), **options,
+            **(dict(decay_start=steps * 4 // 5) if ours else {}),
             **({"lr": lr} if lr else {}),
             **({"group_fractions": list(SHARES)} if variant == "matryoshka" else {}))
         if dead_after:
@@ -185,7 +187,7 @@ class DictionaryLearning(Peer):
 class SAELens(Peer):
     """sae-lens 6.54: SAETrainer.fit with its training SAEs; bf16 is its own autocast."""
     def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead_after=None, dead=0.0,
-                 l1=None):
+                 l1=None, ours=False):
         import sae_lens
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
@@ -203,6 +205,7 @@ class SAELens(Peer):
         cfg = SAETrainerConfig(
             total_training_samples=(steps + 1) * batch, train_batch_size_samples=batch,
             lr=lr or 3e-4, lr_end=lr or 3e-4, device="cpu", autocast=bf16,
+            lr_warm_up_steps=steps // 10 if ours else 0, lr_decay_steps=steps // 5 if ours else 0,
             save_final_checkpoint=False,
             dead_feature_window=dead_after // batch if dead_after else 1000,
             logger=LoggingConfig(log_to_wandb=False))
@@ -234,7 +237,8 @@ class SAELens(Peer):
 
 class Sparsify(Peer):
     """eai-sparsify 1.3.3: Trainer.fit over a dummy model that emits our batch; Adam, bf16."""
-    def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, optimizer="adam", dead=0.0):
+    def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, optimizer="adam", dead=0.0,
+                 dead_after=None, ours=False):
         from sparsify import SparseCoderConfig, TrainConfig, Trainer
         peer = self
         class Layer(torch.nn.Module):
@@ -260,8 +264,10 @@ class Sparsify(Peer):
         cfg = TrainConfig(
             sae=SparseCoderConfig(activation="topk", num_latents=F, k=k), batch_size=1, lr=lr,
             optimizer=optimizer, hookpoints=["layer"], init_seeds=[seed], save_every=10 ** 9,
-            log_to_wandb=False, save_dir=tempfile.mkdtemp(), auxk_alpha=1 / 32 if dead else 0.0,
-            lr_warmup_steps=min(1000, max(steps // 3, 1)))
+            log_to_wandb=False, save_dir=tempfile.mkdtemp(),
+            auxk_alpha=1 / 32 if dead or dead_after else 0.0,
+            dead_feature_threshold=dead_after or 10_000_000,
+            lr_warmup_steps=min(1000, max(steps // (10 if ours else 3), 1)))
         self.trainer = Trainer(cfg, Batches(), Model())
         self.sae = self.trainer.saes["layer"]
         self.loop = Loop.__new__(Loop)

@@ -60,8 +60,7 @@ def test_bias_adaptation_finds_every_feature(seed, claim):
     assert control <= 0.02
     claim("gba", "bias adaptation, without a term for sparsity, finds every feature of similar frequency",
           "a theorem: cosine 1 - o(1) (its width condition holds on no toy)",
-          "uniform toy: found at .8 {at_8:.2f}, at .9 {at_9:.2f}, untrained {untrained:.2f}; TopK and L1 find them "
-          "all, too", "reproduced", at_8=scores[0.8], at_9=scores[0.9], untrained=control)
+          "uniform toy: found at .8 {at_8:.2f}, at .9 {at_9:.2f}, untrained {untrained:.2f}", "reproduced", at_8=scores[0.8], at_9=scores[0.9], untrained=control)
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_lowest_loss_recovers_nothing(seed):
@@ -104,6 +103,7 @@ def test_the_bias_rule_revives(seed, claim):
     assert dead[()] <= 0.01 and dead["--gamma-up", 0] >= 0.05
     claim("gba", "the rule's second line is enough to revive dead latents", ".970 alive, Gemma-2-2B (secondary)",
           "uniform toy, low target, dead: {dead:.1%}, without that line {without:.0%}", "reproduced",
+          tol=dict(dead=0.01),
           dead=dead[()], without=dead["--gamma-up", 0])
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -246,9 +246,10 @@ def test_p_annealing(claim):
         assert b["l0"] <= 1.01 * a["l0"] and b["fvu"] < a["fvu"]
         assert gamma(plain, f"flat:{seed}") < 0.8 and abs(gamma(annealed, f"flat:{seed}") - 1) < 0.06
         claim("karvonen", "annealing p to .2 cures shrinkage, and lowers the error at equal L0",
-              "gamma about 1 against .80 (Othello); reconstruction level with gated, both better than L1",
+              "gamma about 1 against .80 (Othello; chess about .98 for all); reconstruction level with gated, both "
+              "better than L1",
               "toy 'flat': gamma {annealed:.2f} against {plain:.2f}, FVU {fvu:.2f} against {fvu_plain:.2f} (not "
-              "compared with gated), dead {dead:.1%}", "reproduced", annealed=gamma(annealed, f"flat:{seed}"),
+              "compared with gated), dead {dead:.1%}", "reproduced", tol=dict(dead=0.02), annealed=gamma(annealed, f"flat:{seed}"),
               plain=gamma(plain, f"flat:{seed}"), fvu=b["fvu"], fvu_plain=a["fvu"], dead=b["dead"])
 
 @pytest.mark.claims
@@ -269,8 +270,8 @@ def test_freezing_the_decoder_in_the_auxiliary_loss(monkeypatch, claim):
         report("unfrozen", seed, other, b, f"flat:{seed}")
         assert a["l0"] <= 1.01 * b["l0"] and b["fvu"] >= 1.02 * a["fvu"]
         claim("gated", "training the decoder in the auxiliary loss, too, hurts", "yes (GELU-1L, a figure)",
-              "toy 'flat': error {ratio:.3f} times as high with twice as many latents as features; with as many, the "
-              "opposite (below: L1, claim 4)", "partly", ratio=b["fvu"] / a["fvu"])
+              "toy 'flat': error {ratio:.3f} times as high with twice as many latents as features (with as many, in "
+              "one-off runs, the opposite)", "partly", ratio=b["fvu"] / a["fvu"])
 
 @pytest.mark.claims
 def test_tied_sae_recovers_the_toy_of_sharkey(claim):
@@ -290,5 +291,5 @@ def test_tied_sae_recovers_the_toy_of_sharkey(claim):
     recall, precision = zip(*scores)
     claim("cunningham", "a tied SAE finds the features of Sharkey et al.'s toy (512 in 256 dimensions)",
           "MMCS about 1 (2501.17727, another form of this toy; the first values unverified)",
-          "MMCS {recall:.3f} from truth to learned, {precision:.3f} back, untrained {untrained:.2f}", "reproduced",
+          "MMCS {recall:.3f} from truth to learned, {precision:.3f} back, untrained {untrained:.2f}", "partly",
           recall=recall, precision=precision, untrained=[value for pair in controls for value in pair])

@@ -89,8 +89,8 @@ def test_matryoshka_does_not_absorb(claim):
           off=top[1], cosine=top[2], off_other=top[4], cosine_other=top[5])
     claim("absorption", "the lower the L0, the more absorption", "yes (language models, figures)",
           "a tree of features, Matryoshka, k = 1.4 and 2 (true: 2): off in {low:.0%} and {true:.0%}, cosine "
-          "{cosine_low:.2f} and {cosine_true:.2f}", "reproduced", low=low[1], true=nested[1], cosine_low=low[2],
-          cosine_true=nested[2])
+          "{cosine_low:.2f} and {cosine_true:.2f}; independent pairs, k = 1.4: off in {control:.0%}", "reproduced", low=low[1], true=nested[1], cosine_low=low[2],
+          cosine_true=nested[2], control=low[4])
     claim("matryoshka", "Matryoshka absorbs far less than BatchTopK",
           ".05, BatchTopK .49 (Gemma-2-2B, first letters, another measure)",
           "a tree of features, parent's latent off in {off:.0%} and {off_batch:.0%}, cosine {cosine:.2f} and "
@@ -204,7 +204,7 @@ def test_the_true_l0_is_the_best(claim):
     claim("wrong-l0", "the decoder's c_dec is least at the true L0, 11 (50 correlated features)",
           "least at 11 of 1 to 25",
           "of 5, 8, 10, 11, 12, 14, 18 it is least at {best:.0f}, {there:.4f} against {at_11:.4f} at 11; MCC is best "
-          "at {best_mcc:.0f}", "partly", best=min(table, key=lambda k: table[k][0]),
+          "at {best_mcc:.0f}", "partly", tol=dict(best=1, best_mcc=1, there=0.003, at_11=0.005), best=min(table, key=lambda k: table[k][0]),
           best_mcc=max(table, key=lambda k: table[k][1]), there=min(row[0] for row in table.values()),
           at_11=table[11][0])
     for seed in SEEDS:
@@ -270,10 +270,11 @@ def test_the_ordered_loss_orders(monkeypatch, claim):
     assert constant[2] <= ordered[2] - 0.1 and abs(control[3]) <= 0.25
     claim("ordered", "the ordered loss orders latents by their features' frequency (toy A)", "order .734; L1 .016",
           "{ours:.2f}; TopK, k annealed alike {topk:.2f}; between seeds {seeds:.2f}, on equal features {control:.2f}",
-          "reproduced", ours=ordered[2], topk=topk[2], seeds=ordered[3], control=control[3])
-    claim("ordered", "the ordered loss alone brings the order", "not separated from annealing k",
+          "reproduced", tol=dict(topk=0.2, control=0.25), ours=ordered[2], topk=topk[2], seeds=ordered[3],
+          control=control[3])
+    claim("ordered", "the ordered loss alone brings the order", "not separated from annealing k (reviewers asked)",
           "without annealing {alone:.2f}, with it {both:.2f}, annealing alone {annealing:.2f}", "partly",
-          alone=constant[2], both=ordered[2], annealing=topk[2])
+          tol=dict(annealing=0.2), alone=constant[2], both=ordered[2], annealing=topk[2])
     claim("ordered", "the ordered loss makes dictionaries more stable (toy A)", "with the truth .814; L1 .479",
           "its figure is passed, but TopK's is as high: {ours:.2f}; TopK, k annealed alike {topk:.2f}", "not",
           ours=ordered[0], topk=topk[0])

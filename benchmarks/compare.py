@@ -5,9 +5,9 @@
     python benchmarks/compare.py evaluate --runs runs/compare           # evaluate.py on all of them
     python benchmarks/compare.py report --runs runs/compare             # tables, frontier and raw figures
 
-smollm2, layer 6, 2M tokens in batches of 2048, 8 D = 4608 latents, data seed 0. Ours: each script with its
+smollm2, layer 6, 2M tokens in batches of 2048, 8 D = 4608 latents. Ours: each script with its
 defaults at an L0 of 16, 32 and 64 (seeds 0, 1, 2 at 32; BatchTopK and p-annealed L1: seed 0 alone, the latter at
-32). Peers (SAELens 6.54.12, dictionary-learning 0.1.0, eai-sparsify 1.3.3), at about 32: each library's own
+32). Peers (SAELens 6.54.12, dictionary-learning 0.1.0, eai-sparsify 1.3.3), seed 0, at about 32: each library's own
 training step on the very batches that ours see, already centred and scaled, in bf16. 'tuned': with our learning
 rate (2.3e-3), warm-up (97 steps) and decay (linear, over the last fifth; sparsify's own decays from the start),
 and our rule, dead after 1 % of the tokens, with AuxK where a library has it. 'default', for TopK: each library's
@@ -205,6 +205,8 @@ def report(args):
             r = rows[name]["consistency"]
             lines += [f"| {method(name)} | {r['matched_cosine']:.3f} | {r['order']:.3f} | {a['share']:.1%} | "
                       + " | ".join(f"{a[t]:.3f}" for t in ev.ALIKE) + " |" for a in r["alike"]]
+    if missing := [n for n in found if n not in rows]:
+        lines += ["", f"Not run: {', '.join(missing)}."]
     (RESULTS.parent / "compare.md").write_text("\n".join(lines) + "\n")
     shown = [row | dict(variant=method(name)) for name, row in rows.items() if "default" not in name]
     ev.plot([dict(data="", rows=shown)], RESULTS.parent / "compare.png")

@@ -175,6 +175,8 @@ def plot(groups, path):
                     color=f"C{n % 10}", mfc="none" if n >= 10 else None)
         ax.set(xscale="log", xlabel="L0", title=group["data"][:70].replace("$", r"\$"),
                ylabel="FVU" if key == "fvu" else "cross-entropy recovered (mean ablation)")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
         ax.title.set_fontsize(8)
         ax.legend(fontsize=7)
     fig.tight_layout()

@@ -211,7 +211,7 @@ def data_flags(sae, args, default):
     if wrong := [k for k, v in flags.items() if v is not None and not isinstance(
             v, int if k in numbers else (str, Path))]:
         data.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
-    if not flags["activations"] and flags["model"] != "toy":                # the defaults, spelled out
+    if not flags["activations"] and flags["model"] != "toy":          # the defaults, spelled out
         flags |= {k: v for k, v in dict(model="smollm2", layer=6, context=128).items()
                   if flags[k] is None}
     return json.dumps(flags, default=str)

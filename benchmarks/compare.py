@@ -75,7 +75,7 @@ def tensors_of(library, variant, peer):
 def train_peer(name, out, steps=976):
     """Train one peer and write its run directory."""
     import torch
-    import data, peers, topk_sae
+    import data, metrics, peers, topk_sae
     from safetensors.torch import save_file
     library, variant, how = PEERS[name]
     B, seed = 2048, 0
@@ -105,7 +105,6 @@ def train_peer(name, out, steps=976):
             print(f"{name} step {step + 1} l0 {(z != 0).sum() / B:.1f} "
                   f"fvu {(x - x_hat).pow(2).sum() / x.pow(2).sum():.4f} "
                   f"{(step + 1) * B / (time.perf_counter() - began):,.0f} tok/s", flush=True)
-    seconds = time.perf_counter() - began
     architecture, tensors, extra = tensors_of(library, variant, peer)
     x = source.heldout()[:256]
     want = peer.encode(x) / source.scale
@@ -114,14 +113,12 @@ def train_peer(name, out, steps=976):
                apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
                metadata=dict(source.meta, sae_lens_version="6.54.12", flags=flags,
                              training_architecture=f"{library} {variant}", peer=dict(
-                   library=library, variant=variant, how=how, lr=lr, steps=steps, batch=B, seconds=seconds,
-                   **options)))
+                   library=library, variant=variant, how=how, lr=lr, steps=steps, batch=B, **options)))
     tmp = out.with_name(out.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     save_file(tensors, tmp / "sae_weights.safetensors")
     (tmp / "cfg.json").write_text(json.dumps(cfg, indent=1))
-    import metrics
     saved = metrics.SAE(tmp)
     with torch.no_grad():
         z = saved.encode(x / source.scale + source.mean)

@@ -7,9 +7,10 @@
         reconstruct(x)  [B, D]
         plant(W, bias)  W [F, D] becomes decoder and encoder, bias the encoder's (of the gate)
 
-lr None means the library's own default. ours=True: our schedule, a warm-up of a tenth of the steps and a linear
-decay over the last fifth, where the library's own does not decay already. dead=share: that share of the latents counts as dead at
-every step, so that AuxK is at work. 'matryoshka' has the same five levels for all, our default.
+lr None means the library's own default. ours=True: our schedule, a warm-up of a tenth of the steps
+and a linear decay over the last fifth (sparsify keeps its own decay). dead_after=n: latents silent
+for n tokens are dead. dead=share: that share of the latents counts as dead at every step, so that
+AuxK is at work. 'matryoshka' has the same five levels for all, our default.
 Libraries that only have a training loop run that loop in a thread, which takes one batch per step.
 Only one library per process: some need stand-ins for packages that they import and that their
 training step does not use.

@@ -96,7 +96,7 @@ class OrderedSAE(nn.Module):
         self.k = k
         W = F.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
-        self.W_enc = nn.Parameter(W.clone().T)                # (D, F), in memory F rows of D
+        self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), in memory F rows of D
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 

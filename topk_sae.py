@@ -14,7 +14,7 @@ Departures from the paper (we had the authors' code and notes on the paper, not 
   - Input is centred and scaled by constants, which fold into the weights on saving; the authors'
     per-token LayerNorm does not. So b_dec starts at the mean, not at the geometric median.
   - Dead is what is silent for 1 % of the run's tokens, if that is less than the paper's 10M, on a
-    list renewed every CHECK_EVERY steps; auxk is D // 2. W_enc starts as W_dec.T, not rescaled;
+    list renewed every CHECK_EVERY steps; auxk is D // 2. W_enc starts at min(1, 2 D / F) W_dec.T;
     rows of W_dec get norm 1 after the step, not before. The rate follows default_lr, warms up and
     decays; Adam's eps is 1e-8; gradients are clipped to norm 1; weights are not averaged.
 
@@ -73,7 +73,7 @@ class TopKSAE(nn.Module):
         self.k = k
         W = F.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
-        self.W_enc = nn.Parameter(W.clone().T)                # (D, F), in memory F rows of D
+        self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), in memory F rows of D
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 

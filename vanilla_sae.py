@@ -15,8 +15,9 @@ Departures from the papers (of Bricken et al. we read a translation):
   - Input is centred and scaled, and so b_dec starts at the mean, not the geometric median. The
     error is summed over D: l1 is D * scale (printed at the start) times the coefficient of the
     first two. Karvonen et al. do not square the error; we do, as everywhere here.
-  - Dead latents are not resampled: hardly any die (README), with centred data, W_enc starting at
-    W_dec.T and a linear warm-up of l1, the last two as in Anthropic's update of April 2024.
+  - Dead latents are not resampled: hardly any die (README), with centred data, W_enc starting along
+    W_dec.T and a linear warm-up of l1, the last two as in Anthropic's update of April 2024. W_enc
+    starts at min(1, 2 D / F) W_dec.T: half of the latents fire at first, and x_hat is about x.
   - The rate follows default_lr, warms up and decays; gradients are clipped to norm 1. (With --tied,
     Cunningham et al.: 1e-3 throughout, no warm-up of l1, no clipping.)
   - p moves at every step from 40 to 70 % of the run and ends at P (theirs in jumps from 27 % to the
@@ -86,7 +87,7 @@ class VanillaSAE(nn.Module):
         if tied:
             nn.init.xavier_uniform_(self.W_dec)               # as Cunningham et al.
         else:
-            self.W_enc = nn.Parameter(W.clone().T)            # (D, F), in memory F rows of D
+            self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), stored as F rows
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         b_dec = torch.zeros(d_in)
         self.b_dec = nn.Buffer(b_dec) if tied else nn.Parameter(b_dec)

@@ -161,7 +161,7 @@ def test_p_ends_exactly_and_l1_is_rematched():
         terms = vanilla_sae.train_step(sae, opt, x, state, step, args)
         values.append((terms["l1"] * terms["penalty"]).item())
     assert max(values) / min(values) < 1.001                 # nothing else moves at this rate
-    assert state["l1"] > 2.1
+    assert abs(state["l1"] - 2) > 0.1                        # for which l1 had to change
 
 # --- claims ---------------------------------------------------------------------------------------
 

@@ -15,10 +15,10 @@ The penalty shrinks the gate alone, so that magnitudes, and x_hat, are not biase
 Departures from the paper (its pseudo-code was read, some of its formulas were not legible):
   - Input is centred and scaled, the error summed over D: l1 is D * scale times lambda.
   - Dead latents are not resampled: hardly any die on a language model (README). Where a toy has as
-    many features as there are latents, about 1 % do, and stay unfound.
+    many features as there are latents, 1 to 4 % do, and stay unfound.
   - l1 warms up; the rate follows default_lr (paper: 3e-4), warms up and decays; gradients are
     clipped to norm 1. The paper does not give its start: here biases and r_mag are 0, W_enc is
-    min(1, 2 D / F) W_dec.T: half of the latents fire at first, and x_hat is about x.
+    min(1, 2 D / F) W_dec.T: half of the latents fire at first, and x_hat is x on average.
   - Adam's beta1 is 0.9 (paper: 0): less error on a language model at the same L0.
 Where other code differs (as read in the installed packages):
   - SAELens 6.54.12 lets the auxiliary loss train W_dec and b_dec, and multiplies the penalty by the

@@ -29,8 +29,8 @@ the paper itself, nor its code):
     data and finds few features (benchmarks/results/bias.md).
   - There: 50 steps of 512 tokens between updates, gamma 0.01 (from notes), for 100M tokens. Short
     runs have few such updates: our defaults depend on the length. Their eps is unknown to us.
-  - Squares are not halved. Adam without weight decay (theirs: AdamW, values not found), rate,
-    clipping to norm 1 and initialisation as in topk_sae.py.
+  - Squares are not halved. Adam without weight decay (theirs: AdamW, values not found), rate and
+    clipping to norm 1 as in topk_sae.py. W starts at random directions.
 
 What we found (benchmarks/results/bias.md; share of the true features at a cosine above 0.9):
   - The paper's imbalanced toy: it has 100 % for the 'full range' of targets, 4 % for a 'wrong' one,

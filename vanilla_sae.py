@@ -17,7 +17,7 @@ Departures from the papers (of Bricken et al. we read a translation):
     first two. Karvonen et al. do not square the error; we do, as everywhere here.
   - Dead latents are not resampled: hardly any die (README), with centred data, W_enc starting along
     W_dec.T and a linear warm-up of l1, the last two as in Anthropic's update of April 2024. W_enc
-    starts at min(1, 2 D / F) W_dec.T: half of the latents fire at first, and x_hat is about x.
+    starts at min(1, 2 D / F) W_dec.T: half of the latents fire at first, and x_hat is x on average.
   - The rate follows default_lr, warms up and decays; gradients are clipped to norm 1. (With --tied,
     Cunningham et al.: 1e-3 throughout, no warm-up of l1, no clipping.)
   - p moves at every step from 40 to 70 % of the run and ends at P (theirs in jumps from 27 % to the

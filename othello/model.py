@@ -1,0 +1,57 @@
+"""A small GPT that reads Othello games, one token a move (its square, 0 to 63; see game.py).
+
+The architecture of Li et al. 2022 (arXiv 2210.13382), pre-norm blocks and learned positions, made
+narrow. Called like a causal language model of transformers: model(input_ids).logits.
+"""
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CONTEXT = 59                                                  # moves read: the 60th is the last
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm_attn, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.past = nn.Buffer(torch.full((CONTEXT, CONTEXT), -torch.inf).triu(1), persistent=False)
+
+    def forward(self, x):
+        T, qkv = x.shape[1], self.qkv(self.norm_attn(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (n, heads, T, ...)
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + self.past[:T, :T]
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))              # up: the MLP's neurons
+
+class GPT(nn.Module):
+    """Token ids [n, T], T <= 59, to logits [n, T, 64] of the next move's square."""
+    def __init__(self, width=128, heads=8, layers=8):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(64, width), nn.Embedding(CONTEXT, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm, self.unembed = nn.LayerNorm(width), nn.Linear(width, 64, bias=False)
+        self.config = SimpleNamespace(hidden_size=width, max_position_embeddings=CONTEXT)
+        self.config.get_text_config = lambda: self.config
+        for name, p in self.named_parameters():
+            if p.dim() > 1:                                   # as in GPT-2
+                last = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if last else 0.02)
+            elif "bias" in name:
+                nn.init.zeros_(p)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    def get_output_embeddings(self):
+        return self.unembed
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids) + self.position.weight[:input_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return SimpleNamespace(logits=self.unembed(self.norm(x)))

@@ -1,0 +1,229 @@
+"""othello/: the rules against a slow implementation and known facts, board metrics, model, training."""
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+from othello import boards, game, train
+from othello.model import GPT
+
+# --- a slow implementation: a board is a dict of squares, one game at a time ------------------------
+
+class Slow:
+    def __init__(self):
+        self.board = {(3, 3): "white", (4, 4): "white", (3, 4): "black", (4, 3): "black"}
+        self.side = "black"
+
+    def captures(self, row, col, side):
+        found = []
+        if (row, col) in self.board:
+            return found
+        for dr in (-1, 0, 1):
+            for dc in (-1, 0, 1):
+                line, r, c = [], row + dr, col + dc
+                while (r, c) in self.board and self.board[r, c] != side and (dr or dc):
+                    line.append((r, c))
+                    r, c = r + dr, c + dc
+                if line and self.board.get((r, c)) == side:
+                    found += line
+        return found
+
+    def legal(self, side=None):
+        return [8 * r + c for r in range(8) for c in range(8) if self.captures(r, c, side or self.side)]
+
+    def play(self, square):
+        """-> whether the other side had to pass"""
+        flipped = self.captures(square // 8, square % 8, self.side)
+        assert flipped
+        for at in [*flipped, divmod(square, 8)]:
+            self.board[at] = self.side
+        other = "white" if self.side == "black" else "black"
+        passed = not self.legal(other) and bool(self.legal())
+        self.side = self.side if passed else other
+        return passed
+
+def bits(squares):
+    return sum(1 << s for s in squares)
+
+def test_boards_sides_and_legal_moves_are_those_of_a_slow_implementation():
+    tokens, boards = game.games(60, np.random.default_rng(0))
+    passes = ends = 0
+    for moves, after in zip(tokens.tolist(), boards.tolist()):
+        slow = Slow()
+        assert slow.legal() == [19, 26, 37, 44]                          # D3, C4, F5, E6
+        for i, square in enumerate(moves):
+            if square < 0:
+                assert not slow.legal() and after[i] == after[i - 1] or after[i][2] == 0
+                ends += i < 59
+                break
+            passes += slow.play(square)
+            mine = bits(8 * r + c for (r, c), side in slow.board.items() if side == slow.side)
+            yours = bits(8 * r + c for (r, c), side in slow.board.items() if side != slow.side)
+            assert after[i] == [mine, yours, bits(slow.legal())]
+    assert passes > 10                                        # the interesting case occurred
+
+def test_number_of_games_of_n_moves():
+    """Known counts of the opening's move sequences: 4, 12, 56, 244, 1396, 8200 (perft)."""
+    mine, yours = (np.array([b]) for b in game.START)
+    for known in (4, 12, 56, 244, 1396, 8200):
+        moves = game.squares(game.legal(mine, yours))
+        which, square = moves.nonzero()
+        mine, yours, _ = game.next_turn(*game.play(mine[which], yours[which],
+                                                   np.uint64(1) << square.astype(np.uint64)))
+        assert len(mine) == known
+
+def test_shortest_game():
+    """A known game in which white is wiped out after nine moves: then nobody can move."""
+    names = "E6 F4 E3 F6 G5 D6 E7 F5 C5".split()
+    tokens = np.full((1, 60), -1)
+    tokens[0, :9] = [8 * (int(n[1]) - 1) + "ABCDEFGH".index(n[0]) for n in names]
+    boards = game.replay(tokens)
+    mine, yours, legal = boards[0, 8]
+    assert legal == 0 and (mine == 0) != (yours == 0) and int(mine | yours).bit_count() == 13
+    assert (boards[0, 9:] == boards[0, 8]).all() or (boards[0, 9:, 2] == 0).all()
+
+def test_games_are_random_legal_and_repeatable():
+    tokens, boards = game.games(2000, np.random.default_rng(1))
+    again, _ = game.games(2000, np.random.default_rng(1))
+    assert (tokens == again).all() and (game.replay(tokens) == boards).all()
+    first = np.bincount(tokens[:, 0], minlength=64)
+    assert set(first.nonzero()[0]) == {19, 26, 37, 44} and abs(first[[19, 26, 37, 44]] - 500).max() < 4 * 20
+    assert not np.isin(tokens, [27, 28, 35, 36]).any()                   # the centre is never played
+    full = tokens[:, -1] >= 0
+    assert 0.97 < full.mean() < 1 and all(len(set(t)) == 60 for t in tokens[full])
+
+def test_replay_names_an_illegal_move():
+    tokens, _ = game.games(3, np.random.default_rng(2))
+    tokens[1, 5] = 0
+    with pytest.raises(ValueError, match="game 1, move 5: A1 is not legal"):
+        game.replay(tokens)
+
+def test_names_and_drawing():
+    assert [game.name(s) for s in (0, 7, 19, 63)] == ["A1", "H1", "D3", "H8"]
+    lines = game.drawing(*game.START).splitlines()
+    assert lines[3] == "4 . . . O X . . ." and lines[4] == "5 . . . X O . . ." and lines[8] == "  A B C D E F G H"
+
+# --- what a dictionary knows of the board -----------------------------------------------------------
+
+def synthetic(n=4000):
+    """Boards, and codes of 130 latents: 0 to 127 are the properties, at strengths of 1 to 2; 128 is
+    random, 129 silent."""
+    _, after = game.games(n // 20, np.random.default_rng(3))
+    truth = boards.properties(after[:, 10:50:2].reshape(-1, 3)[:n])
+    generator = torch.Generator().manual_seed(0)
+    z = torch.cat([truth.float(), torch.zeros(len(truth), 2)], 1)
+    z *= 1 + torch.rand(z.shape, generator=generator)
+    z[:, 128] = torch.rand(len(truth), generator=generator)
+    return z, truth, torch.arange(len(truth)) < len(truth) // 2
+
+def test_a_perfect_dictionary_has_coverage_and_reconstruction_1():
+    z, truth, first = synthetic()
+    result, best = boards.measure(z, truth, first)
+    assert result["coverage"] == result["coverage_one_t"] == result["reconstruction"] == 1
+    assert best["latent"].tolist() == list(range(128)) and result["latents"] == 128 and result["t"] == 0
+    assert best["precision"].eq(1).all() and best["recall"].eq(1).all()
+
+def test_coverage_and_reconstruction_of_a_dictionary_with_known_faults():
+    """Latents of the properties from 64 on are gone: coverage of those is that of the best of the other
+    classifiers, and no board has a disc of theirs."""
+    z, truth, first = synthetic()
+    z[:, 64:128] = 0
+    result, best = boards.measure(z, truth, first)
+    on, g = z[first] > 0, truth[first]
+    f1 = torch.stack([2 * (on & p[:, None]).sum(0) / (on.sum(0) + p.sum()) for p in g[:, 64:].T])
+    assert best["f1"][64:].min() >= f1.amax(1).min() - 1e-6 and best["f1"][64:].max() < 1
+    assert result["coverage"] == pytest.approx((64 + best["f1"][64:].sum().item()) / 128)
+    mine, all_of_them = truth[~first, :64].sum().item(), truth[~first].sum().item()
+    assert result["reconstruction"] == pytest.approx(2 * mine / (mine + all_of_them), abs=1e-6)
+
+def test_measure_against_an_explicit_loop():
+    z, truth, first = synthetic(400)
+    z, truth = z[:, [0, 19, 20, 70, 128, 129]] * (torch.rand(len(z), 6) > 0.1), truth[:, [0, 19, 20, 83]]
+    z[:, 5] = torch.rand(len(z)) * ~first                                # silent in the first half
+    result, best = boards.measure(z, truth, first)
+    peak, table, rebuilt = z[first].amax(0), {}, []
+    for t in [k / 10 for k in range(10)]:
+        said = torch.zeros_like(truth[~first])
+        for g in range(4):
+            for i in range(5):
+                on = z[:, i] / peak[i] > t
+                tp, p, q = (on & truth[:, g])[first].sum(), on[first].sum(), truth[first, g].sum()
+                table[g, t, i] = (2 * tp / (p + q)).item()
+                if tp >= 10 and tp >= 0.95 * p:
+                    said[:, g] |= on[~first]
+        rebuilt.append((2 * (said & truth[~first]).sum() / (said.sum() + truth[~first].sum())).item())
+    f1 = [max(v for (g, t, i), v in table.items() if g == prop) for prop in range(4)]
+    assert best["f1"].tolist() == pytest.approx(f1) and result["coverage"] == pytest.approx(sum(f1) / 4)
+    one = max(sum(max(table[g, k / 10, i] for i in range(5)) for g in range(4)) / 4 for k in range(10))
+    assert result["coverage_one_t"] == pytest.approx(one)
+    assert result["reconstruction"] == pytest.approx(max(rebuilt))
+
+# --- the model and its training ---------------------------------------------------------------------
+
+def test_the_model_sees_only_the_past_and_has_the_parts_of_a_language_model():
+    torch.manual_seed(0)
+    model = GPT(width=32, heads=4, layers=2)
+    ids = torch.randint(0, 64, (3, 59))
+    later = ids.clone()
+    later[:, 30:] = (later[:, 30:] + 1) % 64
+    a, b = model(ids).logits, model(input_ids=later, use_cache=False).logits
+    assert a.shape == (3, 59, 64) and torch.equal(a[:, :30], b[:, :30]) and not torch.allclose(a[:, 30:], b[:, 30:])
+    assert torch.allclose(model(ids[:, :20]).logits, a[:, :20], atol=1e-5)
+    assert model.config.get_text_config().hidden_size == 32 and model.get_output_embeddings() is model.unembed
+
+def test_loss_against_an_explicit_loop():
+    """Cross-entropy from 1 / n on the n legal moves; positions after the end do not count."""
+    tokens, legal = train.batch(300, 5)
+    assert tokens.shape == (300, 59) and (legal.sum(-1) == 0).any()      # a game that ended early
+    logits = torch.randn(300, 59, 64, generator=torch.Generator().manual_seed(0)).double()
+    total, n = 0.0, 0
+    for i, j in legal.any(-1).nonzero().tolist():
+        p = logits[i, j].exp() / logits[i, j].exp().sum()
+        total -= p[legal[i, j]].log().mean().item()
+        n += 1
+    assert train.loss_fn(logits, legal).item() == pytest.approx(total / n, rel=1e-5)
+    again = train.batch(300, 5)
+    assert torch.equal(again[0], tokens) and torch.equal(again[1], legal)
+
+def test_training_learns_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys):
+    flags = "--games", "960", "--batch-size", "32"
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    out = capsys.readouterr().out
+    assert float(out.split("legal ")[-1].split("%")[0]) > 40             # untrained: 14 (next test: below 25)
+    stops = iter([False] * 11 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "stop_signal", lambda device: nullcontext(lambda: next(stops)))
+        with pytest.raises(SystemExit) as stop:
+            train.main([*flags, "--out", str(tmp_path / "parts")])
+    assert stop.value.code == 130 and not (tmp_path / "parts/weights.safetensors").exists()
+    train.main([*flags, "--out", str(tmp_path / "parts")])
+    assert "goes on after 352 games" in capsys.readouterr().out
+    a, b = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == torch.float16 for k in a)
+
+def test_the_measure_of_a_model_that_knows_nothing_and_of_one_that_knows_all():
+    torch.manual_seed(0)
+    rate, ce, least = train.measure(GPT(width=32, heads=4, layers=1).eval(), 200, 6)
+    assert rate < 0.25 and ce == pytest.approx(np.log(64), abs=0.05) and 1.5 < least < 2.5
+    class Knows(torch.nn.Module):
+        def forward(self, tokens):
+            boards = game.replay(tokens.numpy())[..., 2]
+            return SimpleNamespace(logits=torch.from_numpy(game.squares(boards)).float() * 50)
+    tokens, legal = train.batch(100, 7, 0)
+    full = legal.any(-1).all(1)                                          # games that did not end early
+    logits = Knows()(tokens[full]).logits
+    assert legal[full].gather(-1, logits.argmax(-1, keepdim=True)).all()
+    least = legal[full].sum(-1).float().log().mean().item()
+    assert train.loss_fn(logits, legal[full]).item() == pytest.approx(least, rel=1e-4)
+
+@pytest.mark.parametrize("flags, says", [(["--games", "0"], "--games"), ([], "--out"),
+                                         (["--gamez", "1", "--out", "x"], "--gamez")])
+def test_bad_flags_of_training_are_refused_in_one_line(flags, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and says in lines[0]

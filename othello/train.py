@@ -55,7 +55,9 @@ def measure(model, games, *key):
     return right / total, ce / total, least / total
 
 def train(args):
-    """Train, or go on from --out/state.pt, and write --out/weights.safetensors; the model."""
+    """Train, or go on from --out/state.pt: the model, and whether it is finished (not stopped)."""
+    if args.games < args.batch_size:
+        data.fail(f"--games {args.games}: fewer than one --batch-size, {args.batch_size}")
     torch.manual_seed(args.seed)
     model = GPT()
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -67,18 +69,22 @@ def train(args):
     if state.exists():
         try:
             saved = torch.load(state, weights_only=True)
+            if saved["run"] != [args.seed, args.batch_size]:
+                raise ValueError("of another --seed or --batch-size")
             step, spent = saved["step"], saved["seconds"]
             model.load_state_dict(saved["model"])
             for opt, old in zip(opts, saved["opts"]):
                 opt.load_state_dict(old)
         except Exception as err:
-            data.fail(f"--out: {state} is damaged ({data.first_line(err)}); delete it, begin anew")
+            data.fail(f"--out: cannot go on from {state} ({data.first_line(err)}); delete it, or "
+                      "choose another --out")
         print(f"goes on after {step * args.batch_size:,} games, {spent / 60:.1f} min", flush=True)
     steps, began = args.games // args.batch_size, time.perf_counter() - spent
     def save():
         with data.replacing(state, "--out") as tmp:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts],
-                            step=step, seconds=time.perf_counter() - began), tmp)
+                            step=step, run=[args.seed, args.batch_size],
+                            seconds=time.perf_counter() - began), tmp)
     with data.stop_signal(torch.device("cpu")) as stop:
         bar, saved_at = tqdm(initial=step, total=steps, desc="train", disable=None), spent
         while True:

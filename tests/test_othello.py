@@ -200,6 +200,9 @@ def test_training_learns_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys)
         with pytest.raises(SystemExit) as stop:
             train.main([*flags, "--out", str(tmp_path / "parts")])
     assert stop.value.code == 130 and not (tmp_path / "parts/weights.safetensors").exists()
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--out", str(tmp_path / "parts"), "--seed", "1"])
+    assert "of another --seed" in capsys.readouterr().err
     train.main([*flags, "--out", str(tmp_path / "parts")])
     assert "goes on after 352 games" in capsys.readouterr().out
     a, b = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
@@ -221,6 +224,7 @@ def test_the_measure_of_a_model_that_knows_nothing_and_of_one_that_knows_all():
     assert train.loss_fn(logits, legal[full]).item() == pytest.approx(least, rel=1e-4)
 
 @pytest.mark.parametrize("flags, says", [(["--games", "0"], "--games"), ([], "--out"),
+                                         (["--games", "100", "--out", "x"], "--games 100: fewer"),
                                          (["--gamez", "1", "--out", "x"], "--gamez")])
 def test_bad_flags_of_training_are_refused_in_one_line(flags, says, capsys):
     with pytest.raises(SystemExit) as stop:

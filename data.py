@@ -160,11 +160,12 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
         add = self.add_argument_group("data").add_argument
-        add("--model", help="smollm2 (default), toy, a HuggingFace causal LM, or its directory")
+        add("--model", help="smollm2 (default), othello, toy, a HuggingFace causal LM, or its "
+                            "directory")
         add("--layer", type=int, help="residual stream entering this block; default 6")
         add("--text", help="a .txt, a .jsonl (field 'text'), a folder of text files, or a hub data "
                            "set; default: the Python standard library's sources")
-        add("--context", type=count, help="tokens per context; default 128")
+        add("--context", type=count, help="tokens per context; default 128, othello 59")
         add("--cache-tokens", type=count, help="tokens to harvest; default 1e6, or all if fewer")
         add("--cache-dir", type=Path, help="converted models and harvested activations; default "
                                            "~/.cache/six-saes")

@@ -2,7 +2,8 @@
 
     python evaluate.py RUN [RUN ...]                     a row for each; evaluation.json in each RUN
     python evaluate.py runs/* --html report.html         one page: tables, plots, what latents mean
-    python evaluate.py RUN --features 12,57              where these latents fire (or: top)
+    python evaluate.py RUN --features 12,57              where these latents fire (or: top); on
+                                                         othello, what they say of the board
     python evaluate.py RUN RUN RUN --consistency         do the seeds of one setting agree?
     python evaluate.py DIR --model smollm2 --layer 6     somebody else's SAELens directory
 
@@ -13,7 +14,7 @@ half. metrics.py says what each number is. A run that cannot be measured costs o
 code 2; the others are measured all the same. Runs record paths as they were given: evaluate them
 from the folder where they were trained, or name the data.
 """
-import argparse, datetime, json, sys
+import argparse, datetime, json, sys, textwrap
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--contexts", type=data.at_least(0), default=100,
         help="held-out contexts for cross-entropy and kl; default 100; 0: no language model")
-    add("--features", help="latents to show: 12,57 or top (the ten with the largest sums)")
+    add("--features", help="latents to show: 12,57 or top (the ten with the largest sums; on "
+        "othello, that say most about the board)")
     add("--consistency", action="store_true", help="compare runs that differ in --seed alone")
     add("--html", type=Path, help="write the page there")
     add("--html-features", type=data.at_least(0), default=60,
@@ -106,6 +108,9 @@ def print_features(sae, found):
     for f in found:
         print(f"\n{sae.path}, latent {f['latent']}: fires on {f['rate']:.3%} of the tokens, peak "
               f"{f['peak']:.2f}\n  raises {f['raises']}\n  lowers {f['lowers']}")
+        if "board" in f:
+            print(textwrap.indent(f["board"], "  "))
+            continue
         for c in f["contexts"]:
             tokens = [f"\u00ab{t}\u00bb" if i == c["at"] else t for i, t in enumerate(c["tokens"])]
             line = "".join(tokens).replace("\n", "\u23ce")
@@ -136,6 +141,20 @@ def tables(rows):
             ["run", "ce", "increase", "recovered of zero", "of mean", "kl"],
             [[r["run"], number(r["language"]["ce_spliced"]), *(pair(r["language"], name, ".4f")
               for name in ("increase", "recovered_zero", "recovered_mean", "kl"))] for r in lm]))
+    if games := [r for r in rows if r.get("boards")]:
+        base = dict(games[0]["boards"]["baselines"])
+        shown = "coverage coverage_one_t published reconstruction t latents legal".split()
+        form = dict(t=".1f", latents="d", legal=".2%")
+        published = lambda b: dict(b, published=b["coverage"] * 2 / 3) if "coverage" in b else b
+        note = (f"{base.pop('positions'):,} positions of {base.pop('games')} held-out games; "
+                f"accuracy of the probe {base['linear probe']['accuracy']:.2%}; x 2/3: to compare "
+                "with Karvonen et al. 2024")
+        every = [(r["run"], r["boards"]) for r in games] + list(base.items())
+        out.append(("Othello: what latents know of the board", note,
+            ["run", "coverage", "one t", "x 2/3", "reconstruction", "at t", "latents",
+             "legal moves"],
+            [[n, *(number(published(b).get(k), form.get(k, ".4f")) for k in shown)]
+             for n, b in every]))
     if toy := [r for r in rows if r.get("truth")]:
         names = "mcc mmcs_truth mmcs_learned found f1 absorbed absorbed_alone hedging".split()
         names = [n for n in names if toy[0]["truth"][n] is not None]
@@ -212,8 +231,9 @@ def data_flags(sae, args, default):
             v, int if k in numbers else (str, Path))]:
         data.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
     if not flags["activations"] and flags["model"] != "toy":          # the defaults, spelled out
-        flags |= {k: v for k, v in dict(model="smollm2", layer=6, context=128).items()
-                  if flags[k] is None}
+        import lm
+        defaults = dict(model="smollm2", layer=6, context=lm.default_context(flags["model"]))
+        flags |= {k: v for k, v in defaults.items() if flags[k] is None}
     return json.dumps(flags, default=str)
 
 def open_data(key, saes, args):
@@ -287,8 +307,8 @@ def evaluate_group(key, saes, args):
     if not measured:
         return None
     saes, rows, _ = zip(*measured)
-    if text and (args.contexts or args.features or args.html):
-        import lm
+    import lm
+    if text and (args.contexts or args.features or args.html or name in lm.OTHELLO):
         model, tokenizer, blocks = lm.load(lm.model_dir(name, source.flags.cache_dir), name,
                                            source.device, getattr(torch, source.meta["dtype"]))
         ids, where = lm.heldout_tokens(source)
@@ -298,6 +318,13 @@ def evaluate_group(key, saes, args):
                                        source.mean, ids)
             for row, result in zip(rows, results):
                 row["language"] = result
+    if name in lm.OTHELLO:
+        from othello import boards
+        results, baselines = boards.report(saes, x, source, model, blocks, layer)
+        for row, (result, _) in zip(rows, results):
+            row["boards"] = dict(result, baselines=baselines)
+        measured = [(sae, row, (rate, peak, f1)) for (sae, row, (rate, peak, _)), (_, f1)
+                    in zip(measured, results)]                # 'top' sorts by F1, not by sums
     shown = tables(rows)
     if args.consistency and (table := agreement(measured)):
         shown.append(table)
@@ -310,6 +337,9 @@ def evaluate_group(key, saes, args):
         if text and (latents := attempt(chosen, sae, args, rate, total)):
             row["features"] = list(features(sae, x, latents, rate, source, model, tokenizer,
                                             blocks))
+            if name in lm.OTHELLO:
+                for f, board in zip(row["features"], boards.describe(sae, x, latents, source)):
+                    f["board"] = board
             if args.features:
                 print_features(sae, row["features"])
     where = f"{name}, layer {layer}, text sha256 {text[:8]}" if text else name

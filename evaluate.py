@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data, metrics
+import data, lm, metrics
 
 DATA_FLAGS = "model", "layer", "text", "context", "cache_tokens", "activations", "toy"
 SHOWN, WINDOW = 10, (24, 12)        # contexts of a latent; tokens before and after its peak
@@ -34,7 +34,7 @@ def parse_args(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     add = parser.add_argument_group("evaluation").add_argument
     add("--contexts", type=data.at_least(0), default=100,
-        help="held-out contexts for cross-entropy and kl; default 100; 0: no language model")
+        help="held-out contexts for cross-entropy and kl; default 100; 0: neither")
     add("--features", help="latents to show: 12,57 or top (the ten with the largest sums; on "
         "othello, that say most about the board)")
     add("--consistency", action="store_true", help="compare runs that differ in --seed alone")
@@ -77,7 +77,6 @@ def features(sae, x, latents, rate, source, model, tokenizer, blocks):
 
     Logits are of the direction alone, through the final norm and the unembedding, less those of 0:
     the direct path, without the layers in between."""
-    import lm
     ids, where = lm.heldout_tokens(source)
     T, text = ids.shape[1], lambda i: tokenizer.decode([int(i)])
     context, place = where // T, where % T
@@ -231,7 +230,6 @@ def data_flags(sae, args, default):
             v, int if k in numbers else (str, Path))]:
         data.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
     if not flags["activations"] and flags["model"] != "toy":          # the defaults, spelled out
-        import lm
         defaults = dict(model="smollm2", layer=6, context=lm.default_context(flags["model"]))
         flags |= {k: v for k, v in defaults.items() if flags[k] is None}
     return json.dumps(flags, default=str)
@@ -307,8 +305,8 @@ def evaluate_group(key, saes, args):
     if not measured:
         return None
     saes, rows, _ = zip(*measured)
-    import lm
-    if text and (args.contexts or args.features or args.html or name in lm.OTHELLO):
+    games = text and name in lm.OTHELLO                        # whose true features are known
+    if text and (args.contexts or args.features or args.html or games):
         model, tokenizer, blocks = lm.load(lm.model_dir(name, source.flags.cache_dir), name,
                                            source.device, getattr(torch, source.meta["dtype"]))
         ids, where = lm.heldout_tokens(source)
@@ -318,13 +316,14 @@ def evaluate_group(key, saes, args):
                                        source.mean, ids)
             for row, result in zip(rows, results):
                 row["language"] = result
-    if name in lm.OTHELLO:
+    if games:
         from othello import boards
-        results, baselines = boards.report(saes, x, source, model, blocks, layer)
-        for row, (result, _) in zip(rows, results):
-            row["boards"] = dict(result, baselines=baselines)
+        games = attempt(boards.report, saes, x, source, model, blocks, layer)
+    if games:
+        for row, (result, _) in zip(rows, games[0]):
+            row["boards"] = dict(result, baselines=games[1])
         measured = [(sae, row, (rate, peak, f1)) for (sae, row, (rate, peak, _)), (_, f1)
-                    in zip(measured, results)]                # 'top' sorts by F1, not by sums
+                    in zip(measured, games[0])]               # 'top' sorts by F1, not by sums
     shown = tables(rows)
     if args.consistency and (table := agreement(measured)):
         shown.append(table)
@@ -337,13 +336,23 @@ def evaluate_group(key, saes, args):
         if text and (latents := attempt(chosen, sae, args, rate, total)):
             row["features"] = list(features(sae, x, latents, rate, source, model, tokenizer,
                                             blocks))
-            if name in lm.OTHELLO:
+            if games:
                 for f, board in zip(row["features"], boards.describe(sae, x, latents, source)):
                     f["board"] = board
             if args.features:
                 print_features(sae, row["features"])
     where = f"{name}, layer {layer}, text sha256 {text[:8]}" if text else name
     return dict(data=f"{where}, {len(x):,} held-out tokens", tables=shown, rows=rows)
+
+def open_device(name):
+    """The device of that name, set up to measure."""
+    device = data.setup(argparse.Namespace(device=name, compile=False, bf16=False, batch_size=1,
+                                           tokens=1, out=None, resume=False))
+    if device.type == "mps":
+        data.fail("--device mps: has no float64, in which sums are made; use --device cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")         # no TF32 in what is printed
+    return device
 
 def without_nan(value):
     """value with None in the place of each NaN: JSON has none."""
@@ -359,13 +368,7 @@ def write(path, text, flag):
 def main(argv=None):
     FAILED.clear()
     args = parse_args(argv)
-    args.torch_device = data.setup(argparse.Namespace(
-        device=args.device, compile=False, bf16=False, batch_size=1, tokens=1, out=None,
-        resume=False))
-    if args.torch_device.type == "mps":
-        data.fail("--device mps: has no float64, in which sums are made; use --device cpu")
-    if args.torch_device.type == "cuda":
-        torch.set_float32_matmul_precision("highest")         # no TF32 in what is printed
+    args.torch_device = open_device(args.device)
     saes = [sae for path in args.runs if (sae := attempt(metrics.SAE, path))]
     default, groups = next((sae.flags for sae in saes if sae.flags), None), {}
     for sae in saes:

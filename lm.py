@@ -219,9 +219,12 @@ def model_dir(name, cache):
         fail(f"--model {name}: {path} has no config.json, so it is no HuggingFace model directory")
     return path
 
-def model_hash(path):
+def model_hash(path, name=None):
     """The sha256 of a model's configuration, tokenizer and weights."""
     h, kinds = hashlib.sha256(), (".json", ".safetensors", ".txt", ".model")
+    if name in OTHELLO:
+        from othello.model import VERSION
+        h.update(VERSION)
     for file in sorted(p for p in path.iterdir() if p.suffix in kinds):
         h.update(file.name.encode())
         with open(file, "rb") as f:
@@ -243,7 +246,8 @@ def load(path, name, device, dtype):
                                                          trust_remote_code=False)
     except Exception as err:
         fail(f"--model {name}: cannot load {path} "
-             f"({type(err).__name__}: {first_line(err)}); if damaged, delete it and run again")
+             f"({type(err).__name__}: {first_line(err)}); if damaged, " +
+             ("check it out anew" if name == "othello" else "delete it and run again"))
     n = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
     if not lists:
@@ -291,7 +295,7 @@ def cached(args, device):
     """Folder and manifest of the activations that the flags ask for; harvests them if need be."""
     with locked(args.cache_dir / "model.lock"):
         path = model_dir(args.model, args.cache_dir)
-    key = dict(model_hash=model_hash(path), layer=args.layer,
+    key = dict(model_hash=model_hash(path, args.model), layer=args.layer,
                text_hash=text_hash(args.text, args.model), context_size=args.context,
                cache_tokens=args.cache_tokens or DEFAULT_TOKENS,
                dtype="bfloat16" if has_fast_bf16(device) else "float32", version=1)

@@ -1,15 +1,15 @@
 """Which SAE is better where the true features are known: all methods on the Othello model.
 
     python benchmarks/othello.py train --runs runs/othello       # resumable: finished runs are kept
-    python benchmarks/othello.py evaluate --runs runs/othello    # evaluate.py on all, and steer.py on TopK's
-    python benchmarks/othello.py report --runs runs/othello      # tables into benchmarks/results/othello.md
+    python benchmarks/othello.py evaluate --runs runs/othello    # into benchmarks/results/othello.json
+    python benchmarks/othello.py report                          # its tables: benchmarks/results/othello.md
 
---model othello, layer 6, 4M tokens in batches of 2048 from 2M harvested, 8 D = 1024 latents: each script with
+--model othello, layer 6, 4M tokens in batches of 2048 (four passes), 8 D = 1024 latents: each script with
 its defaults at an L0 of 32 (seeds 0, 1, 2) and 64 (seed 0), p-annealed L1 and gated among them (--p-end 0.2).
 TopK also on the untrained model, and at layers 1 to 7 (L0 32), where steer.py edits boards through its latents.
 The published figures are those of papers on models and SAEs of other sizes; only their order is compared.
 """
-import argparse, json, subprocess, sys
+import argparse, json, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -26,12 +26,13 @@ METHODS = {                                       # name: script, flags for an L
     "topk": ("topk", K),
     "batchtopk": ("matryoshka", {n: f"--balance 0 {flags}" for n, flags in K.items()}),
     "matryoshka": ("matryoshka", K), "ordered": ("ordered", K),
-    "gba": ("gba", {32: "--high 0.15", 64: "--high 0.3"})}
+    "gba": ("gba", {32: "--high 0.23", 64: "--high 0.46"})}
 # Karvonen et al. 2024's runs at an L0 of 50 to 80, F = 8 D, as their tables of results have it.
 PUBLISHED = {"coverage": ["gated, p-annealed", "gated", "topk", "p-annealed", "vanilla"],
              "reconstruction": ["p-annealed", "gated", "topk", "vanilla", "gated, p-annealed"]}
+KNOWN = "coverage", "coverage_one_t", "reconstruction"
 LAYERS = 1, 2, 3, 4, 5, 6, 7
-DATA = "--cache-tokens 2e6 --tokens 4e6"
+DATA = "--tokens 4e6"
 
 def command(name, script, flags, seed=0, model="othello", layer=6):
     return name, f"{script}_sae.py --model {model} --layer {layer} {flags} {DATA} --seed {seed}".split()
@@ -44,26 +45,28 @@ RUNS = dict(
 
 def train(args):
     args.runs.mkdir(parents=True, exist_ok=True)
-    for name, argv in RUNS.items():
+    i, n = map(int, args.part.split("/"))
+    for name, argv in list(RUNS.items())[i::n]:
         if not (args.runs / name / "cfg.json").exists():
+            shutil.rmtree(args.runs / name, ignore_errors=True)
             with open(args.runs / f"{name}.log", "w") as log:
                 code = subprocess.run([sys.executable, *argv, "--out", str(args.runs / name), "--log-every", "500"],
                                       cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
             print(f"{name}: {'failed; see its .log' if code else 'done'}", flush=True)
 
 def evaluate(args):
+    """evaluate.py on all finished runs, steer.py on TopK's of every layer."""
     names = [name for name in RUNS if (args.runs / name / "cfg.json").exists()]
     subprocess.run([sys.executable, ROOT / "evaluate.py", *names], cwd=args.runs, check=True)
-    import evaluate as ev
     from othello import steer
-    import torch
-    results = {}
-    for layer in LAYERS:
-        name = "topk-32-s0" if layer == 6 else f"layer-{layer}"
-        options = ev.parse_args([name])
-        options.torch_device = torch.device("cpu")
-        results[name] = steer.steer(*steer.load(args.runs / name, options))
-    (args.runs / "steering.json").write_text(json.dumps(results, indent=1))
+    from speed import machine
+    of_layer = ["topk-32-s0" if layer == 6 else f"layer-{layer}" for layer in LAYERS]
+    results = {name: steer.steer(*steer.load(args.runs / name, steer.parse_args([name]))) for name in of_layer}
+    rows = {name: json.loads((args.runs / name / "evaluation.json").read_text()) for name in names}
+    for row in rows.values():
+        del row["density"], row["run"]
+    found = dict(machine=machine(), runs=rows, steering=results)
+    (RESULTS / "othello.json").write_text(json.dumps(found, indent=1) + "\n")
 
 def pair(values, form):
     """'0.61 to 0.63', or one number."""
@@ -71,9 +74,8 @@ def pair(values, form):
     return low if low == high else f"{low} to {high}"
 
 def report(args):
-    from speed import machine
-    rows = {name: json.loads((args.runs / name / "evaluation.json").read_text()) for name in RUNS
-            if (args.runs / name / "evaluation.json").exists()}
+    found = json.loads((RESULTS / "othello.json").read_text())
+    rows, steering = found["runs"], found["steering"]
     group = lambda name, l0: [r for n, r in rows.items() if n.startswith(f"{name.replace(', ', '-')}-{l0}-s")]
     get = {"L0": lambda r: r["l0"], "FVU": lambda r: r["fvu"], "gamma": lambda r: r["gamma_centred"],
            "dead": lambda r: r["dead"], "coverage": lambda r: r["boards"]["coverage"],
@@ -81,11 +83,12 @@ def report(args):
            "legal": lambda r: r["boards"]["legal"]}
     forms = {"L0": ".1f", "FVU": ".4f", "gamma": ".3f", "dead": ".2%", "legal": ".2%"}
     cells = lambda found: " | ".join(pair([f(r) for r in found], forms.get(k, ".3f")) for k, f in get.items())
+    of = lambda b, *names: " | ".join(format(b[k], ".3f") if k in b else "" for k in names)
     first = group("topk", 32)[0]
     about, base = first["data"], first["boards"]["baselines"]
-    lines = [f"{machine()}; {about['model_name']} (sha256 {about['model_hash'][:8]}), layer 6, {base['positions']:,} positions "
-             f"of {base['games']} held-out games; ranges are over three seeds. Made by benchmarks/othello.py; measures: "
-             "othello/boards.py. Coverage times 2/3 compares with Karvonen et al. 2024.", "",
+    lines = [f"{found['machine']}; {about['model_name']} (sha256 {about['model_hash'][:8]}), layer 6, "
+             f"{base['positions']:,} positions of {base['games']} held-out games; ranges are over three seeds. Made by "
+             "benchmarks/othello.py; measures: othello/boards.py. Coverage times 2/3 compares with Karvonen et al.", "",
              "| | " + " | ".join(get) + " |", "|---|" + "--:|" * len(get)]
     lines += [f"| {name}, {l0} | {cells(found)} |" for l0 in (32, 64) for name in (*METHODS, "untrained")
               if (found := group(name, l0))]
@@ -93,15 +96,14 @@ def report(args):
     for name, b in base.items():
         if isinstance(b, dict):
             title = name + (f" ({b['accuracy']:.2%} of squares right)" if "accuracy" in b else "")
-            number = lambda k, form: format(b[k], form) if k in b else ""
-            lines.append(f"| {title} |{blank} " + " | ".join(number(k, ".3f") for k in (
-                "coverage", "coverage_one_t", "reconstruction")) + f" | {number('legal', '.2%')} |")
+            lines.append(f"| {title} |{blank} {of(b, *KNOWN)} | {b['legal']:.2%} |" if "legal" in b else
+                         f"| {title} |{blank} {of(b, *KNOWN)} | |")
     untrained = group("untrained", 32)
     for name, b in untrained[0]["boards"]["baselines"].items() if untrained else ():
         if isinstance(b, dict) and "coverage" in b:
-            lines.append(f"| untrained model, {name} |{blank} {b['coverage']:.3f} | {b['coverage_one_t']:.3f} | "
-                         f"{b['reconstruction']:.3f} | |")
-    lines += ["", "**Order** at an L0 of 32 (mean of seeds) and 64, of the methods that Karvonen et al. 2024 have, best first:", ""]
+            lines.append(f"| untrained model, {name} |{blank} {of(b, *KNOWN)} | |")
+    lines += ["", "**Order** at an L0 of 32 (mean of seeds) and 64, of the methods that Karvonen et al. 2024 have, "
+              "best first:", ""]
     for measure, published in PUBLISHED.items():
         for l0 in (32, 64):
             mean = {n: sum(map(get[measure], g)) / len(g) for n in published if (g := group(n, l0))}
@@ -109,19 +111,19 @@ def report(args):
             lines.append(f"- {measure} at {l0}: " + ", ".join(f"{n} ({mean[n]:.3f})" for n in ours))
         lines.append(f"- {measure}, published at 50 to 80: " + ", ".join(published))
     lines += ["", "**Layers** (TopK, k = 32, seed 0; the residual stream that enters the block)", "",
-              "| layer | FVU | coverage | reconstruction | legal | probe | its reconstruction | neurons' coverage | reconstruction |",
+              "| layer | FVU | coverage | reconstruction | legal | probe | its reconstruction | neurons' coverage | "
+              "reconstruction |",
               "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for layer in LAYERS:
         r = rows["topk-32-s0" if layer == 6 else f"layer-{layer}"]
         b, base = r["boards"], r["boards"]["baselines"]
         neurons, = (v for k, v in base.items() if "neurons" in k)
-        lines.append(f"| {layer} | {r['fvu']:.4f} | {b['coverage']:.3f} | {b['reconstruction']:.3f} | {b['legal']:.2%} | "
-                     f"{base['linear probe']['accuracy']:.2%} | {base['linear probe']['reconstruction']:.3f} | "
-                     f"{neurons['coverage']:.3f} | {neurons['reconstruction']:.3f} |")
-    steering = json.loads((args.runs / "steering.json").read_text())
+        lines.append(f"| {layer} | {r['fvu']:.4f} | {of(b, 'coverage', 'reconstruction')} | {b['legal']:.2%} | "
+                     f"{base['linear probe']['accuracy']:.2%} | {of(base['linear probe'], 'reconstruction')} | "
+                     f"{of(neurons, 'coverage', 'reconstruction')} |")
     lines += ["", "**Steering** (the same runs; othello/steer.py says what is changed): "
-              f"{next(iter(steering.values()))[1]} edited boards, one a game; wrong and missing moves of the model, and "
-              "how often it has all moves of the edited board right, plus or minus a standard error", "",
+              f"{next(iter(steering.values()))[1]} edited boards, one a game; wrong and missing moves of the model, "
+              "and how often it has all moves of the edited board right, plus or minus a standard error", "",
               "| layer | change | strength | errors | all right |", "|--:|---|--:|--:|--:|"]
     for layer, (ways, _) in zip(LAYERS, steering.values()):
         lines += [f"| {layer} | {way} | {r['strength']:g} | {r['errors']:.2f} \u00b1 {r['errors_se']:.2f} | "
@@ -132,7 +134,8 @@ def report(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "evaluate", "report"])
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the run directories")
+    parser.add_argument("--runs", type=Path, default=Path("runs/othello"), help="folder of the run directories")
+    parser.add_argument("--part", default="0/1", help="train every second run, from the first: 0/2; the others: 1/2")
     args = parser.parse_args()
     args.runs = args.runs.absolute()
     globals()[args.what](args)

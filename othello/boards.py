@@ -13,7 +13,7 @@ classifier is latent i above t times its maximum, z_i > t max z_i, t = 0, .1 ...
     reconstruction  on one half of the games a classifier stands for a property where its precision
                     is at least .95 and it has at least 10 true positives (their code); on the other
                     half a square is what any classifier for it says. F1, counts pooled over boards
-                    and squares, at the best t (their code; Eq. 5 has a mean over boards).
+                    and squares, at the t best there (their code; Eq. 5 has a mean over boards).
     legal           share of positions where the likeliest move is legal, x_hat spliced in
 
 Beside each SAE, on the same positions: a linear probe, the ceiling; the neurons of the MLP that
@@ -24,7 +24,6 @@ train one with --model othello-untrained.
     python othello/boards.py             # the model: legal moves in 2,000 new games, probe accuracy
     python othello/boards.py --layer 4
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -56,11 +55,11 @@ def measure(z, truth, first):
     latent, and the best of each latent [F], with its property (silent ones: f1 0).
     Coverage, too, is of the first half. Latents silent there are no classifiers."""
     peak = z[first].amax(0)
-    z, alive = z / peak.clamp_min(1e-30), (peak > 0)[:, None]       # a classifier is z > t now
+    z = z / peak.clamp_min(1e-30)                             # a classifier is z > t now
     a, b, g = z[first], z[~first], truth[first].float()
     tables, rebuilt, stands = [], [], []
     for t in THRESHOLDS:
-        on = (a > t).float() * alive.T
+        on = (a > t).float()
         tp, n = on.T @ g, on.sum(0)[:, None]                                     # (F, 128), (F, 1)
         f1 = 2 * tp / (n + g.sum(0)).clamp_min(1)
         tables.append(torch.stack([f1, tp / n.clamp_min(1), tp / g.sum(0).clamp_min(1)]))
@@ -96,6 +95,9 @@ class HeldOut:
         ids, where = lm.heldout_tokens(source)
         boards, T = np.load(source.folder / "boards.npy"), ids.shape[1]
         games, self.game = np.unique(where // T, return_inverse=True)
+        if len(games) < 2:
+            data.fail(f"--cache-tokens: {len(games)} held-out games, too few to choose classifiers "
+                      f"on one half and judge them on the other; use at least {100 * T}")
         self.place, self.ids, self.after = where % T, ids[games], boards[games]
         self.boards = self.after[self.game, self.place]                      # uint64 [M, 3]
         self.truth = properties(self.boards).to(source.device)
@@ -153,10 +155,13 @@ def accuracy(p, held):
 def neurons(model, block, below, ids, per_pass=100):
     """float32 [n, T, 4 D]: the neurons of the MLP of `below`, the block before `block`."""
     found = []
-    hook = below.up.register_forward_hook(lambda module, inputs, out: found.append(F.gelu(out)))
-    for i in range(0, len(ids), per_pass):
-        lm.residual_stream(model, block, ids[i:i + per_pass])
-    hook.remove()
+    hook = below.up.register_forward_hook(lambda module, inputs, out: found.append(
+        below.neurons(out)))
+    try:
+        for i in range(0, len(ids), per_pass):
+            lm.residual_stream(model, block, ids[i:i + per_pass])
+    finally:
+        hook.remove()
     return torch.cat(found).float()
 
 def legal_rate(model, block, cut, held, replace, per_pass=100):
@@ -223,14 +228,13 @@ def describe(sae, x, latents, source):
     return texts
 
 def main(argv=None):
+    import evaluate
     from othello import train
-    parser = data.ArgumentParser(__doc__)
-    args = parser.parse_args(argv)
+    args = data.ArgumentParser(__doc__).parse_args(argv)
     args.model = args.model or "othello"
-    if args.model not in lm.OTHELLO:
-        data.fail(f"--model {args.model}: use one of {', '.join(lm.OTHELLO)}")
-    device = data.setup(argparse.Namespace(device="cpu", compile=False, bf16=False, batch_size=1,
-                                           tokens=1, out=None))
+    if args.model not in lm.OTHELLO or args.activations:
+        data.fail(f"--model: use one of {', '.join(lm.OTHELLO)}, without --activations")
+    device = evaluate.open_device("cpu")
     args.batch_size, args.seed, args.tokens = 1, 0, 0
     source = data.open_source(args, device)
     model, _, _ = lm.load(lm.model_dir(args.model, args.cache_dir), args.model, device,

@@ -15,10 +15,11 @@ among the n and those missing (Li et al. 2022, arXiv 2210.13382); 'all right' ha
                      the old owner to the new (Nanda et al. 2023, arXiv 2309.00941, who do so in
                      many layers; here at one)
 
-Latents, probe and strength (the least errors of STRENGTHS) are chosen on the first half of the
-held-out games, figures are of the other half.
+Latents, their means and the strength (the least errors of STRENGTHS) are of the first half of the
+held-out games, figures of the other half; the probe is trained on training games. Squares for which
+one and the same latent is best for both owners, or none is, are left out.
 """
-import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from othello import game
 from othello.boards import HeldOut, Probe, codes, measure
 
 STRENGTHS = 0.5, 1, 2, 4, 8, 16
-PLACES = 8, 54                                # moves read when the board is edited, from and below
+PLACES = 8, 54                                # positions where a board is edited: from, and below
 
 def cases(held, rng):
     """One edit a game: place int [n], square int [n], mine_before bool [n], and the legal moves on
@@ -68,11 +69,15 @@ def steer(sae, source, model, layer):
     z, device = codes(sae, x), x.device
     _, best, _ = measure(z, held.truth, held.first)
     place, square, was_mine, wanted = cases(held, np.random.default_rng(0))
-    game_of = (place >= 0).nonzero()[0]
+    old, new = square + 64 * ~was_mine, square + 64 * was_mine               # properties
+    a, b, f1 = best["latent"][old], best["latent"][new], best["f1"]
+    known = (a != b) & (f1[old] > 0) & (f1[new] > 0)
+    game_of = ((place >= 0) & known.cpu().numpy()).nonzero()[0]
     first = torch.from_numpy(game_of < len(held.ids) // 2).to(device)
-    old = square[game_of] + np.where(was_mine[game_of], 0, 64)               # property before
-    new = square[game_of] + np.where(was_mine[game_of], 64, 0)
-    a, b = best["latent"][old], best["latent"][new]
+    if min(first.sum(), (~first).sum()) < 2:
+        data.fail(f"{sae.path}: in too few held-out games is there a board to edit; train with "
+                  "more --cache-tokens")
+    new, a, b = new[game_of], a[game_of], b[game_of]
     # What b has where its property holds, and it fires, on the first half.
     on = held.truth[:, new] & (z[:, b] > 0) & held.first[:, None]            # (M, m)
     goal = (z[:, b] * on).sum(0) / on.sum(0).clamp_min(1)
@@ -86,7 +91,7 @@ def steer(sae, source, model, layer):
     probe = Probe(source)
     towards = torch.stack([probe.direction(s) * (1 if m else -1) for s, m in zip(
         square[game_of], was_mine[game_of])])
-    spread = ((x - source.mean) @ towards.T).std(0)[:, None]
+    spread = (x[held.first] @ towards.T).std(0)[:, None]
     ways = {"none": torch.zeros_like(towards), "random latents": up * W[d] - off * W[c],
             "SAE latent": up * W[b] - off * W[a], "probe": spread * towards}
     wanted = torch.from_numpy(wanted[game_of]).to(device)
@@ -120,28 +125,30 @@ def load(path, args):
     """(sae, source, model, layer) of a run of --model othello."""
     sae = metrics.SAE(path)
     key = evaluate.data_flags(sae, args, None)
+    name, layer = json.loads(key)["model"], json.loads(key)["layer"]
+    if name not in lm.OTHELLO or json.loads(key)["activations"]:
+        data.fail(f"{path}: a run on other data; steering needs one of --model othello")
     source = evaluate.open_data(key, [sae], args)
-    name, layer = source.meta["model_name"], source.flags.layer
-    if name not in lm.OTHELLO:
-        data.fail(f"{path}: a run on {name}; steering needs --model othello")
+    if sae.d_in != source.d_in:
+        data.fail(f"{path}: takes D = {sae.d_in}, but {name} has {source.d_in}")
+    if source.meta["context_size"] < PLACES[1]:
+        data.fail(f"{path}: trained with --context {source.meta['context_size']}; steering needs "
+                  f"at least {PLACES[1]}")
     model, _, _ = lm.load(lm.model_dir(name, source.flags.cache_dir), name, source.device,
                           torch.float32)
     return sae.to(source.device), source, model, layer
 
-def main(argv=None):
-    if argv is None and len(sys.argv) == 1:
-        argv = ["--help"]
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: data.fail(f"{message} (--help lists the flags)")
+def parse_args(argv=None):
+    parser = data.ArgumentParser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--cache-dir", type=Path, help="of the run, if it has moved")
-    flags = parser.parse_args(argv)
-    args = evaluate.parse_args([str(run) for run in flags.runs])
-    args.cache_dir, args.torch_device = flags.cache_dir, torch.device("cpu")
-    results = {}
-    for path in args.runs:
-        results[str(path)] = steer(*load(path, args))
+    parser.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu)")
+    args = parser.parse_args(argv)
+    args.torch_device = evaluate.open_device(args.device)
+    return args
+
+def main(argv=None):
+    args = parse_args(argv)
+    results = {str(path): steer(*load(path, args)) for path in args.runs}
     evaluate.print_table(*table(results))
 
 if __name__ == "__main__":

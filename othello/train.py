@@ -1,7 +1,7 @@
 """Train the GPT of model.py from scratch on games of random legal moves; write its weights.
 
     python othello/train.py --minutes 2 --out DIR       # from scratch; stopped, the same goes on
-    python othello/train.py --games 1e6 --out DIR
+    python othello/train.py --games 1.3e6 --compile --out DIR     # the weights in this folder
 
 All legal moves of such a game are equally likely, so the target at a position is 1 / n on each of
 its n legal moves: the next-move cross-entropy of Li et al. 2022 (arXiv 2210.13382), averaged over
@@ -10,28 +10,38 @@ Muon (torch.optim) moves the matrices of the blocks, AdamW all else; their rates
 linearly to 0. Batch i is a function of --seed and i, and every game is new.
 """
 import argparse
+import functools
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 from othello import game
-from othello.model import CONTEXT, GPT
+from othello.model import CONTEXT, GPT, load
 
-MUON_LR, ADAM_LR = 0.02, 3e-3
+MUON_LR, MUON_DECAY, ADAM_LR = 0.02, 0.01, 3e-3
 
-def batch(n, *key):
+@functools.lru_cache(1)
+def new_games(n, *key):
     """n new games: tokens int64 [n, 59], and the legal moves after each, bool [n, 59, 64], of which
     there are none after the end. The same for the same key, non-negative integers."""
     tokens, boards = game.games(n, np.random.default_rng(key))
     legal = game.squares(boards[:, :CONTEXT, 2])
     return torch.from_numpy(tokens[:, :CONTEXT].clip(0)).long(), torch.from_numpy(legal).bool()
+
+def batch(n, seed, step):
+    """Batch `step` of n games, as new_games gives them; played about 1024 at a time, which is ten
+    times faster than 32."""
+    per_block = max(1, 1024 // n)
+    rows = slice(step % per_block * n, (step % per_block + 1) * n)
+    return [t[rows] for t in new_games(n * per_block, seed, step // per_block)]
 
 def loss_fn(logits, legal):
     """Mean cross-entropy in nats of logits [n, T, 64], at positions that have a legal move."""
@@ -45,7 +55,7 @@ def measure(model, games, *key):
     the least possible, that of knowing the legal moves."""
     right = total = ce = least = 0
     for i in range(0, games, 100):
-        tokens, legal = batch(min(100, games - i), *key, i)
+        tokens, legal = new_games(min(100, games - i), *key, i)
         logits, n = model(tokens).logits, legal.sum(-1)
         here = n > 0
         right += legal.gather(-1, logits.argmax(-1, keepdim=True)).sum().item()
@@ -58,13 +68,23 @@ def train(args):
     """Train, or go on from --out/state.pt: the model, and whether it is finished (not stopped)."""
     if args.games < args.batch_size:
         data.fail(f"--games {args.games}: fewer than one --batch-size, {args.batch_size}")
+    if not hasattr(torch.optim, "Muon"):
+        data.fail(f"torch {torch.__version__} has no torch.optim.Muon; install 2.9 or newer")
+    if args.compile and not any(map(shutil.which, data.COMPILERS)):
+        data.fail("--compile: needs a C++ compiler; install g++ or clang++, or leave it out")
     torch.manual_seed(args.seed)
     model = GPT()
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "blocks." not in name]
-    opts = {torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0): MUON_LR,
+    opts = {torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=MUON_DECAY): MUON_LR,
             torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0): ADAM_LR}
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        data.fail(f"--out {args.out}: {err.strerror}; choose another")
     step, spent, state = 0, 0.0, args.out / "state.pt"
     if state.exists():
         try:
@@ -105,7 +125,7 @@ def train(args):
                 opt.zero_grad()
             step += 1
             bar.update()
-            if step % 100 == 0:
+            if step % max(1, 12_800 // args.batch_size) == 0:
                 rate, ce, least = measure(model, 100, args.seed, 10 ** 9)
                 print(f"games {step * args.batch_size:,} | {spent / 60:.1f} min | cross-entropy "
                       f"{ce:.4f} (least {least:.4f}) | legal {rate:.2%}", flush=True)
@@ -120,11 +140,12 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: data.fail(f"{message} (--help lists the flags)")
     add = parser.add_argument
-    add("--games", type=data.count, default=10 ** 6, help="to train on; default 1e6")
+    add("--games", type=data.count, default=1_300_000, help="to train on; default 1.3e6")
     add("--minutes", type=data.at_least(0.01, float), help="stop then, if --games take longer")
-    add("--batch-size", type=data.count, default=128, help="games a step; default 128")
+    add("--batch-size", type=data.count, default=32, help="games a step; default 32")
     add("--seed", type=data.at_least(0), default=0, help="of weights and games; default 0")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 matmuls; default")
+    add("--compile", action="store_true", help="torch.compile the blocks; needs a C++ compiler")
     add("--out", type=Path, required=True, help="folder of weights.safetensors and state.pt")
     return parser.parse_args(argv)
 
@@ -135,7 +156,8 @@ def main(argv=None):
         print(f"stopped; the same command goes on from {args.out / 'state.pt'}", flush=True)
         raise SystemExit(130)
     with data.replacing(args.out / "weights.safetensors", "--out") as tmp:
-        save_file({name: t.half() for name, t in model.state_dict().items()}, tmp)
+        tmp.write_bytes(save({name: t.half() for name, t in model.state_dict().items()}))
+    model = load(args.out)                                                   # what was saved
     rate, ce, least = measure(model, 2000, args.seed, 10 ** 9 + 1)
     print(f"2,000 new games: legal {rate:.3%}, cross-entropy {ce:.4f} (least {least:.4f})")
 

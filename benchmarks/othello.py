@@ -122,11 +122,11 @@ def report(args):
                      f"{base['linear probe']['accuracy']:.2%} | {of(base['linear probe'], 'reconstruction')} | "
                      f"{of(neurons, 'coverage', 'reconstruction')} |")
     lines += ["", "**Steering** (the same runs; othello/steer.py says what is changed): "
-              f"{next(iter(steering.values()))[1]} edited boards, one a game; wrong and missing moves of the model, "
-              "and how often it has all moves of the edited board right, plus or minus a standard error", "",
-              "| layer | change | strength | errors | all right |", "|--:|---|--:|--:|--:|"]
-    for layer, (ways, _) in zip(LAYERS, steering.values()):
-        lines += [f"| {layer} | {way} | {r['strength']:g} | {r['errors']:.2f} \u00b1 {r['errors_se']:.2f} | "
+              "one edited board a game; wrong and missing moves of the model, and how often it has all moves of the edited "
+              "board right, plus or minus a standard error", "",
+              "| layer | boards | change | strength | errors | all right |", "|--:|--:|---|--:|--:|--:|"]
+    for layer, (ways, n) in zip(LAYERS, steering.values()):
+        lines += [f"| {layer} | {n} | {way} | {r['strength']:g} | {r['errors']:.2f} \u00b1 {r['errors_se']:.2f} | "
                   f"{r['right']:.1%} \u00b1 {r['right_se']:.1%} |" for way, r in ways.items()]
     (RESULTS / "othello.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -17,7 +17,7 @@ import platform
 import re
 from collections import namedtuple
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from string import Formatter
 
@@ -37,6 +37,7 @@ PAPERS = {                                          # in the order of the page
     "cunningham": arxiv("Cunningham et al. 2023", "2309.08600"),
     "gated": arxiv("Rajamanoharan et al. 2024", "2404.16014"),
     "gao": arxiv("Gao et al. 2024", "2406.04093"),
+    "nanda": arxiv("Nanda et al. 2023", "2309.00941"),
     "karvonen": arxiv("Karvonen et al. 2024", "2408.00113"),
     "absorption": arxiv("Chanin et al. 2024", "2409.14507"),
     "batchtopk": arxiv("Bussmann et al. 2024", "2412.06410"),
@@ -104,6 +105,29 @@ def shared(method, t):
     """Of the .3 % of latents with the largest activations, the part that another seed has at a cosine above t."""
     return runs(method)[32, 0]["consistency"]["alike"][0][t]
 
+OTHELLO = "othello, " + by("othello", "othello.md")
+KARVONEN = "gated-p-annealed", "gated", "topk", "p-annealed", "vanilla"             # the methods of that paper, and TopK
+
+@cache
+def othello(part):
+    """'runs' or 'steering' of benchmarks/othello.py."""
+    return json.loads((ROOT / "benchmarks/results/othello.json").read_text())[part]
+
+def boards(method, key, l0=32):
+    """Of the runs of a method at this L0: what they know of the board."""
+    found = [r for name, r in othello("runs").items() if re.fullmatch(rf"{method}-{l0}-s\d", name)]
+    return Numbers(r["boards"].get(key, r.get(key)) for r in found)
+
+def ranked(key):
+    """Methods at an L0 of 32, and at 64, by the mean of key over seeds, best first; and that in words, with ranges."""
+    texts, names = [], []
+    for l0 in (32, 64):
+        mean = {m: sum(boards(m, key, l0)) / len(boards(m, key, l0)) for m in KARVONEN}
+        names.append(sorted(mean, key=mean.get, reverse=True))
+        texts.append(f"at {l0} " + ", ".join(f"{m.replace('gated-p-annealed', 'p-annealed gated')} {boards(m, key, l0):.2f}"
+                                             for m in names[-1]))
+    return names, "; ".join(texts)
+
 def extra():
     """-> [Row]: the claims that a benchmark or a table of the README shows. Numbers are read there, and `holds`,
     of these numbers, is what makes the verdict true."""
@@ -121,7 +145,43 @@ def extra():
     ten = Numbers(runs("gba")[32, seed]["fvu"] for seed in range(3))
     long = Numbers(runs("ordered")[32, seed]["fvu"] for seed in range(3))
     short = float(smollm2("fvu", "`--k-start 32` (not annealed)"))
+    names = "vanilla", "p-annealed", "gated", "gated-p-annealed", "topk", "batchtopk", "matryoshka", "ordered", "gba"
+    best = {k: max(max(boards(m, k, l0)) for m in names for l0 in (32, 64)) for k in ("coverage", "reconstruction")}
+    random = {k: max(max(boards("untrained", k, l0)) for l0 in (32, 64)) for k in best}
+    base = othello("runs")["topk-32-s0"]["boards"]["baselines"]
+    probe, neurons = base["linear probe"], base["512 neurons of block 5"]
+    by_layer = [ways for ways, _ in othello("steering").values()]
+    steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
+    (by_coverage, _), coverages = ranked("coverage")
+    (by_boards, _), reconstructions = ranked("reconstruction")
+    gammas = {m: boards(m, "gamma_centred") for m in ("vanilla", "p-annealed", "gated")}
     return [
+        row("nanda", "a linear probe reads mine, yours and empty from the residual stream",
+            "99.4 to 99.6 % of squares at this layer (width 512, 20M games)",
+            f"{probe['accuracy']:.1%} (width 128, 1.3M games), and F1 {probe['coverage']:.2f} of mine and yours", OTHELLO,
+            "partly", holds=0.9 < probe["accuracy"] < 0.99),
+        row("nanda", "to add its direction changes the moves to those of the edited board",
+            "errors 2.72, edited .10 (in many layers)",
+            f"at the best one layer {steered['none']['errors']:.2f}, edited {steered['probe']['errors']:.2f}; by SAE latents "
+            f"{min(w['SAE latent']['errors'] for w in by_layer):.2f} at best", OTHELLO,
+            "partly", holds=1 < steered["none"]["errors"] - steered["probe"]["errors"] and steered["probe"]["errors"] > 0.5),
+        row("karvonen", "SAEs of a trained model know far more of the board than those of a random one",
+            "best coverage .52 and .27, best reconstruction .95 and .08 (coverage is of a possible 2/3)",
+            f"best coverage times 2/3 {best['coverage'] * 2 / 3:.2f} and {random['coverage'] * 2 / 3:.2f}, reconstruction "
+            f"{best['reconstruction']:.2f} and {random['reconstruction']:.2f}", OTHELLO, "reproduced",
+            holds=best["coverage"] > 1.3 * random["coverage"] and best["reconstruction"] > 2 * random["reconstruction"]),
+        row("karvonen", "at equal L0 coverage ranks p-annealed gated, gated, TopK, p-annealed L1, L1 (its result tables)",
+            "so, .50, .42, .38, .34, .29 (L0 50 to 80, of a possible 2/3)", coverages, OTHELLO, "partly",
+            holds=by_coverage[0] == KARVONEN[0] and by_coverage[-1] == KARVONEN[-1] and by_coverage != [*KARVONEN]),
+        row("karvonen", "at equal L0 reconstruction ranks p-annealed L1, gated, TopK, L1, p-annealed gated (its result tables)",
+            "so, .95, .87, .84, .81, .80 (L0 50 to 80)", reconstructions, OTHELLO, "not",
+            holds=by_boards[0] == "gated-p-annealed"),
+        row("karvonen", "the MLP's neurons have a higher coverage than any SAE (its result tables)",
+            ".549 and .519 (of a possible 2/3)", f"no more than the best: {neurons['coverage']:.2f} and {best['coverage']:.2f}", OTHELLO,
+            "partly", holds=abs(neurons["coverage"] - best["coverage"]) < 0.02),
+        row("karvonen", "on Othello L1 shrinks, p-annealed L1 and gated do not", "gamma about .80; about 1",
+            f"{gammas['vanilla']:.2f}; {gammas['p-annealed']:.2f}, {gammas['gated']:.2f}", OTHELLO, "reproduced",
+            holds=max(gammas["vanilla"]) < 0.9 and min(*gammas["p-annealed"], *gammas["gated"]) > 0.95),
         row("gated", "a gated SAE has a lower error than L1 at equal L0, on a language model",
             "Pareto better at nearly all sites (loss recovered)",
             f"FVU {gated:.2f} of that of L1 at the same L0, {len(gated)} runs", COMPARED, "reproduced",
@@ -328,10 +388,11 @@ def page_text(rows, written, by_hand):
     return f"""# Claims of the papers, and what we found
 
 {len(rows)} claims: {count}. The papers speak mostly of large language models; ours are toys whose
-true features are known, or smollm2 (SmolLM2-135M, layer 6, 2M tokens), as the last column but one says. The verdict is
-of the claim as it stands here. Papers' figures are as their texts, code or project pages have them; 'secondary', 'by
-eye' and 'unverified' say where we have less. Ranges of tests are over seeds that no setting was chosen on; their
-docstrings have margins and controls, and what was changed after a first look.
+true features are known, smollm2 (SmolLM2-135M, layer 6, 2M tokens), or a small GPT that plays Othello (layer 6, 4M
+tokens), as the last column but one says. The verdict is of the claim as it stands here. Papers' figures are as their
+texts, code or project pages have them; 'secondary', 'by eye' and 'unverified' say where we have less. Ranges of tests are
+over seeds that no setting was chosen on; their docstrings have margins and controls, and what was changed after a first
+look.
 
 Written by {written}.
 Numbers of benchmarks are read from their tables (`python tests/claims.py` reads them again). Every `pytest` compares

@@ -234,7 +234,7 @@ def test_the_measure_of_a_model_that_knows_nothing_and_of_one_that_knows_all():
     assert train.loss_fn(logits, legal[full]).item() == pytest.approx(least, rel=1e-4)
 
 @pytest.mark.parametrize("flags, says", [(["--games", "0"], "--games"), ([], "--out"),
-                                         (["--games", "100", "--out", "x"], "--games 100: fewer"),
+                                         (["--games", "30", "--out", "x"], "--games 30: fewer"),
                                          (["--gamez", "1", "--out", "x"], "--gamez")])
 def test_bad_flags_of_training_are_refused_in_one_line(flags, says, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -114,12 +114,11 @@ def steer(sae, source, model, layer):
 
 def table(results):
     """(title, note, header, rows) of {run: what steer gives}, as evaluate.print_table takes it."""
-    n = next(iter(results.values()))[1]
-    cells = [[run, way, f"{r['strength']:g}", f"{r['errors']:.2f} ± {r['errors_se']:.2f}",
+    cells = [[run, str(n), way, f"{r['strength']:g}", f"{r['errors']:.2f} ± {r['errors_se']:.2f}",
               f"{r['right']:.1%} ± {r['right_se']:.1%}"]
-             for run, (ways, _) in results.items() for way, r in ways.items()]
-    return ("Steering", f"{n} edited boards, one in each game of the second half",
-            ["run", "change", "strength", "errors", "all right"], cells)
+             for run, (ways, n) in results.items() for way, r in ways.items()]
+    return ("Steering", "edited boards, one a game; plus or minus a standard error",
+            ["run", "boards", "change", "strength", "errors", "all right"], cells)
 
 def load(path, args):
     """(sae, source, model, layer) of a run of --model othello."""

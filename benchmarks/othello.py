@@ -27,7 +27,7 @@ METHODS = {                                       # name: script, flags for an L
     "batchtopk": ("matryoshka", {n: f"--balance 0 {flags}" for n, flags in K.items()}),
     "matryoshka": ("matryoshka", K), "ordered": ("ordered", K),
     "gba": ("gba", {32: "--high 0.23", 64: "--high 0.46"})}
-# Karvonen et al. 2024's runs at an L0 of 50 to 80, F = 8 D, as their tables of results have it.
+# Karvonen et al. 2024, means over runs at an L0 of 50 to 80, F = 8 D, in the result files of its code (TopK: not in the paper).
 PUBLISHED = {"coverage": ["gated, p-annealed", "gated", "topk", "p-annealed", "vanilla"],
              "reconstruction": ["p-annealed", "gated", "topk", "vanilla", "gated, p-annealed"]}
 KNOWN = "coverage", "coverage_one_t", "reconstruction"
@@ -55,18 +55,26 @@ def train(args):
             print(f"{name}: {'failed; see its .log' if code else 'done'}", flush=True)
 
 def evaluate(args):
-    """evaluate.py on all finished runs, steer.py on TopK's of every layer."""
+    """evaluate.py on all finished runs; then steer: steer.py on TopK's of every layer."""
     names = [name for name in RUNS if (args.runs / name / "cfg.json").exists()]
     subprocess.run([sys.executable, ROOT / "evaluate.py", *names], cwd=args.runs, check=True)
-    from othello import steer
-    from speed import machine
-    of_layer = ["topk-32-s0" if layer == 6 else f"layer-{layer}" for layer in LAYERS]
-    results = {name: steer.steer(*steer.load(args.runs / name, steer.parse_args([name]))) for name in of_layer}
     rows = {name: json.loads((args.runs / name / "evaluation.json").read_text()) for name in names}
     for row in rows.values():
         del row["density"], row["run"]
-    found = dict(machine=machine(), runs=rows, steering=results)
-    (RESULTS / "othello.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(runs=rows)
+    steer(args)
+
+def steer(args):
+    from othello import steer
+    of_layer = ["topk-32-s0" if layer == 6 else f"layer-{layer}" for layer in LAYERS]
+    results = {name: steer.steer(*steer.load(args.runs / name, steer.parse_args([name]))) for name in of_layer}
+    write(steering=results)
+
+def write(**part):
+    from speed import machine
+    path = RESULTS / "othello.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | part | dict(machine=machine()), indent=1) + "\n")
 
 def pair(values, form):
     """'0.61 to 0.63', or one number."""
@@ -122,18 +130,18 @@ def report(args):
                      f"{base['linear probe']['accuracy']:.2%} | {of(base['linear probe'], 'reconstruction')} | "
                      f"{of(neurons, 'coverage', 'reconstruction')} |")
     lines += ["", "**Steering** (the same runs; othello/steer.py says what is changed): "
-              "one edited board a game; wrong and missing moves of the model, and how often it has all moves of the edited "
-              "board right, plus or minus a standard error", "",
-              "| layer | boards | change | strength | errors | all right |", "|--:|--:|---|--:|--:|--:|"]
+              "one edited board a game; wrong and missing moves of the model, how many fewer than with no change "
+              "(paired), and how often it has all moves of the edited board right, plus or minus a standard error", "",
+              "| layer | boards | change | strength | errors | fewer | all right |", "|--:|--:|---|--:|--:|--:|--:|"]
     for layer, (ways, n) in zip(LAYERS, steering.values()):
-        lines += [f"| {layer} | {n} | {way} | {r['strength']:g} | {r['errors']:.2f} \u00b1 {r['errors_se']:.2f} | "
+        lines += [f"| {layer} | {n} | {way} | {r['strength']:g} | {r['errors']:.2f} | {r['fewer']:.2f} \u00b1 {r['fewer_se']:.2f} | "
                   f"{r['right']:.1%} \u00b1 {r['right_se']:.1%} |" for way, r in ways.items()]
     (RESULTS / "othello.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "evaluate", "report"])
+    parser.add_argument("what", choices=["train", "evaluate", "steer", "report"])
     parser.add_argument("--runs", type=Path, default=Path("runs/othello"), help="folder of the run directories")
     parser.add_argument("--part", default="0/1", help="train every second run, from the first: 0/2; the others: 1/2")
     args = parser.parse_args()

@@ -22,7 +22,7 @@ train one with --model othello-untrained.
 
     python evaluate.py RUN               # all of this, for runs on --model othello
     python othello/boards.py             # the model: legal moves in 2,000 new games, probe accuracy
-    python othello/boards.py --layer 4
+    python othello/boards.py --model DIR --layer 4               # of your own weights (train.py)
 """
 import sys
 from pathlib import Path
@@ -147,9 +147,9 @@ class Probe:
         W = self.W.unflatten(1, (64, 3))[:, square]
         return F.normalize(W[:, 1] - W[:, 0], dim=0)
 
-def accuracy(p, held):
+def accuracy(p, held, rows=slice(None)):
     """Share of squares of which a probe's p [M, 64, 3] says rightly mine, yours or empty."""
-    return (p.argmax(-1) == Probe.label(held.truth)).double().mean().item()
+    return (p.argmax(-1) == Probe.label(held.truth))[rows].double().mean().item()
 
 @torch.inference_mode()
 def neurons(model, block, below, ids, per_pass=100):
@@ -232,17 +232,20 @@ def main(argv=None):
     from othello import train
     args = data.ArgumentParser(__doc__).parse_args(argv)
     args.model = args.model or "othello"
-    if args.model not in lm.OTHELLO or args.activations:
-        data.fail(f"--model: use one of {', '.join(lm.OTHELLO)}, without --activations")
+    if not lm.is_othello(args.model) or args.activations:
+        data.fail("--model: use othello, othello-untrained or a folder that othello/train.py "
+                  "wrote; without --activations")
     device = evaluate.open_device("cpu")
     args.batch_size, args.seed, args.tokens = 1, 0, 0
     source = data.open_source(args, device)
     model, _, _ = lm.load(lm.model_dir(args.model, args.cache_dir), args.model, device,
                           torch.float32)
     rate, ce, least = train.measure(model, 2000, 10 ** 12 + 1)
-    right = accuracy(Probe(source)(source.heldout_raw()), HeldOut(source))
+    p, held = Probe(source)(source.heldout_raw()), HeldOut(source)
+    middle = (held.place >= 5) & (held.place <= 53)           # where Nanda et al.'s code scores
     print(f"2,000 new games: legal {rate:.3%}, cross-entropy {ce:.4f} (least {least:.4f}); linear "
-          f"probe at layer {args.layer}: {right:.2%} of squares right")
+          f"probe at layer {args.layer}: {accuracy(p, held):.2%} of squares right, positions 5 to "
+          f"53: {accuracy(p, held, middle):.2%}")
 
 if __name__ == "__main__":
     main()

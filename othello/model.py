@@ -1,8 +1,8 @@
 """A small GPT that reads Othello games, one token a move (its square, 0 to 63; see game.py).
 
 The architecture of Li et al. 2022 (arXiv 2210.13382), pre-norm blocks and learned positions, made
-narrow, and the MLP's GELU a squared ReLU, with which it learned faster. Called like a causal
-language model of transformers: model(input_ids).logits.
+narrow, and the MLP's GELU a squared ReLU (ours). Called like a causal language model of
+transformers: model(input_ids).logits.
 """
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,10 +74,11 @@ class Tokenizer:
     def decode(self, ids):
         return "".join(f"{game.name(i)} " for i in ids)
 
-def folder(cache, trained=True):
-    """Where weights.safetensors is: here, or in cache with those that training starts from."""
-    if trained:
-        return Path(__file__).parent
+def folder(name="othello", cache=None):
+    """Where weights.safetensors is: of 'othello' here, of 'othello-untrained' in cache, where they
+    are put, as training starts from them; else in the folder of that name."""
+    if name != "othello-untrained":
+        return Path(__file__).parent if name == "othello" else Path(name)
     path = cache / "othello-untrained"
     if not (path / "weights.safetensors").exists():
         with torch.random.fork_rng(), \

@@ -34,7 +34,7 @@ import metrics
 from othello import game
 from othello.boards import HeldOut, Probe, codes, measure
 
-STRENGTHS = 0.5, 1, 2, 4, 8, 16
+STRENGTHS = 0.25, 0.5, 1, 2, 4, 8, 16
 PLACES = 8, 54                                # positions where a board is edited: from, and below
 
 def cases(held, rng):
@@ -64,7 +64,8 @@ def errors(logits, wanted):
 
 @torch.no_grad()
 def steer(sae, source, model, layer):
-    """{way: dict(strength, errors, errors_se, right, right_se)}, and the number of cases."""
+    """{way: dict(strength, errors, fewer (than with no change) and its standard error fewer_se,
+    right, right_se)}, and the number of cases."""
     held, x = HeldOut(source), source.heldout_raw()
     z, device = codes(sae, x), x.device
     _, best, _ = measure(z, held.truth, held.first)
@@ -85,7 +86,7 @@ def steer(sae, source, model, layer):
     i, at = torch.arange(len(game_of), device=device), torch.from_numpy(place[game_of]).to(device)
     here = sae.encode(stream[i, at])                                         # (m, F)
     off, up = here[i, a][:, None], (goal - here[i, b])[:, None]
-    W, alive = sae.t["W_dec"], (z > 0).any(0).nonzero()[:, 0]
+    W, alive = sae.t["W_dec"], (z[held.first] > 0).any(0).nonzero()[:, 0]
     c, d = alive[torch.randint(len(alive), (2, len(i)), device="cpu",
                                generator=torch.Generator().manual_seed(0)).to(device)]
     probe = Probe(source)
@@ -106,30 +107,35 @@ def steer(sae, source, model, layer):
         tried = {s: wrong(s * change) for s in (STRENGTHS if way != "none" else (1,))}
         s = min(tried, key=lambda s: tried[s][first].mean().item())
         e = tried[s][~first]
+        if way == "none":
+            unchanged = e
         se = lambda v: (v.std() / len(v) ** 0.5).item()
-        right = (e == 0).double()
-        results[way] = dict(strength=s, errors=e.mean().item(), errors_se=se(e),
-                            right=right.mean().item(), right_se=se(right))
+        right, fewer = (e == 0).double(), unchanged - e                      # paired
+        results[way] = dict(strength=s, errors=e.mean().item(), fewer=fewer.mean().item(),
+                            fewer_se=se(fewer), right=right.mean().item(), right_se=se(right))
     return results, int((~first).sum())
 
 def table(results):
     """(title, note, header, rows) of {run: what steer gives}, as evaluate.print_table takes it."""
-    cells = [[run, str(n), way, f"{r['strength']:g}", f"{r['errors']:.2f} ± {r['errors_se']:.2f}",
-              f"{r['right']:.1%} ± {r['right_se']:.1%}"]
+    pm = lambda r, k, form: f"{r[k]:{form}} ± {r[k + '_se']:{form}}"
+    cells = [[run, str(n), way, f"{r['strength']:g}", f"{r['errors']:.2f}",
+              pm(r, "fewer", ".2f"), pm(r, "right", ".1%")]
              for run, (ways, n) in results.items() for way, r in ways.items()]
     return ("Steering", "edited boards, one a game; plus or minus a standard error",
-            ["run", "boards", "change", "strength", "errors", "all right"], cells)
+            "run boards change strength errors fewer right".split(), cells)
 
 def load(path, args):
     """(sae, source, model, layer) of a run of --model othello."""
     sae = metrics.SAE(path)
     key = evaluate.data_flags(sae, args, None)
     name, layer = json.loads(key)["model"], json.loads(key)["layer"]
-    if name not in lm.OTHELLO or json.loads(key)["activations"]:
+    if not lm.is_othello(name) or json.loads(key)["activations"]:
         data.fail(f"{path}: a run on other data; steering needs one of --model othello")
     source = evaluate.open_data(key, [sae], args)
-    if sae.d_in != source.d_in:
-        data.fail(f"{path}: takes D = {sae.d_in}, but {name} has {source.d_in}")
+    if sae.d_in != source.d_in or sae.norm != "none" or any(
+            sae.meta.get(k, source.meta[k]) != source.meta[k] for k in ("model_hash", "hook_name")):
+        data.fail(f"{path}: trained on another model or layer than {name}, layer {layer}, or takes "
+                  "normalised inputs; name what it was trained on")
     if source.meta["context_size"] < PLACES[1]:
         data.fail(f"{path}: trained with --context {source.meta['context_size']}; steering needs "
                   f"at least {PLACES[1]}")
@@ -147,7 +153,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    results = {str(path): steer(*load(path, args)) for path in args.runs}
+    loaded = {str(path): load(path, args) for path in args.runs}             # refuses all at once
+    results = {path: steer(*what) for path, what in loaded.items()}
     evaluate.print_table(*table(results))
 
 if __name__ == "__main__":

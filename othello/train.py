@@ -7,7 +7,7 @@ All legal moves of such a game are equally likely, so the target at a position i
 its n legal moves: the next-move cross-entropy of Li et al. 2022 (arXiv 2210.13382), averaged over
 the moves that could have come next. Its gradient is the same on average, with less noise (ours).
 Muon (torch.optim) moves the matrices of the blocks, AdamW all else; their rates warm up, and fall
-linearly to 0. Batch i is a function of --seed and i, and every game is new.
+linearly to 0. Batch i is a function of --seed, --batch-size and i, and every game is new.
 """
 import argparse
 import functools

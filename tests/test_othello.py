@@ -217,6 +217,9 @@ def test_training_learns_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys)
     assert "goes on after 352 games" in capsys.readouterr().out
     a, b = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == torch.float16 for k in a)
+    source = opened(tmp_path, "--model", str(tmp_path / "whole"), "--cache-tokens", "5900")      # one's own model
+    assert source.meta["model_hash"] == lm.model_hash(tmp_path / "whole", str(tmp_path / "whole"))
+    assert boards.HeldOut(source).ids.shape[1] == 59
 
 def test_the_measure_of_a_model_that_knows_nothing_and_of_one_that_knows_all():
     torch.manual_seed(0)
@@ -267,9 +270,9 @@ def opened(cache, *flags):
 def test_the_committed_model_plays_legal_moves():
     """The claim of othello/README.md, 99.19 % of top moves legal, on 200 new games: at least 98.8 %,
     three standard errors below; untrained, the control, below 25 %."""
-    rate, ce, least = train.measure(load(folder(None)), 200, 8)
+    rate, ce, least = train.measure(load(folder()), 200, 8)
     assert rate >= 0.988 and ce - least < 0.16
-    assert Path(folder(None), "weights.safetensors").stat().st_size <= 8e6
+    assert Path(folder(), "weights.safetensors").stat().st_size <= 8e6
     torch.manual_seed(0)
     assert train.measure(GPT().eval(), 50, 8)[0] < 0.25
 
@@ -283,7 +286,7 @@ def test_source_has_boards_beside_the_tokens(run):
     assert ids.shape[1] == 59 and (game.replay(ids) == stored).all()
     assert held.place.min() == 1 and len(x) == len(held.truth)
     assert (held.boards == stored[where // 59, where % 59]).all()
-    model = load(folder(None)).to(getattr(torch, source.meta["dtype"]))
+    model = load(folder()).to(getattr(torch, source.meta["dtype"]))
     want = lm.residual_stream(model, model.blocks[6], held.ids)[held.game, held.place]
     assert (x - want).norm() < 0.01 * want.norm()
     mine = game.squares(held.boards[:, 0])
@@ -307,7 +310,7 @@ def test_labels_after_a_pass_are_of_the_side_that_is_really_to_move():
     assert swapped > 100                        # places where parity is wrong
 
 def test_untrained_model_is_another_and_repeatable(run, tmp_path):
-    a, b = folder(tmp_path / "a", trained=False), folder(tmp_path / "b", trained=False)
+    a, b = (folder("othello-untrained", tmp_path / n) for n in "ab")
     assert lm.model_hash(a, "othello") == lm.model_hash(b, "othello") != lm.model_hash(b)
     source = opened(run[0], "--model", "othello-untrained")
     assert source.meta["model_name"] == "othello-untrained"
@@ -323,7 +326,7 @@ def test_bad_flags_of_the_source_are_refused(tmp_path, one_line, flags, words):
 
 def test_damaged_weights_are_named(tmp_path, monkeypatch, one_line):
     (tmp_path / "weights.safetensors").write_bytes(b"not weights")
-    monkeypatch.setattr("othello.model.folder", lambda cache, trained: tmp_path)
+    monkeypatch.setattr("othello.model.folder", lambda name, cache: tmp_path)
     one_line(lambda: opened(tmp_path / "c"), "--model othello", "cannot load")
 
 def test_evaluate_says_what_latents_know(run, tmp_path):
@@ -361,7 +364,7 @@ def test_baselines_are_what_they_say(run):
     """The neurons are those of the MLP that writes last to x; the legal rate with x in its own place is
     the model's; with the mean there, hardly any move is legal."""
     source = opened(run[0])
-    model, _, blocks = lm.load(folder(None), "othello", CPU, torch.float32)
+    model, _, blocks = lm.load(folder(), "othello", CPU, torch.float32)
     held = boards.HeldOut(source)
     h = boards.neurons(model, blocks[6], blocks[5], held.ids)
     with torch.no_grad():
@@ -411,7 +414,7 @@ def test_steering(run):
     probe, x = boards.Probe(source), source.heldout_raw()
     i = (place >= 0).nonzero()[0]
     towards = torch.stack([probe.direction(s) * (1 if m else -1) for s, m in zip(square[i], was_mine[i])])
-    model = load(folder(None))
+    model = load(folder())
     stream, rows = lm.residual_stream(model, model.blocks[6], held.ids[i]), torch.arange(len(i))
     spread = (x @ towards.T).std(0)[:, None]
     wanted, errors, owner = torch.from_numpy(wanted[i]), {}, {}
@@ -430,7 +433,7 @@ def test_steering(run):
         assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5, other
     done = run_script("othello/steer.py", run[1])
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"(none|random latents|SAE latent|probe) +([\d.]+) +([\d.]+) ± [\d.]+ +([\d.]+)%", done.stdout)
+    rows = re.findall(r"(none|random latents|SAE latent|probe) +([\d.]+) +([\d.]+) +-?[\d.]+ ± [\d.]+ +([\d.]+)%", done.stdout)
     assert [r[0] for r in rows] == ["none", "random latents", "SAE latent", "probe"]
 
 def test_steering_refuses_short_contexts(run, tmp_path, one_line):

@@ -470,7 +470,7 @@ def test_a_flag_replaces_one_of_the_recorded_ones(lm_run, tmp_path, capsys):
     (other / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert evaluate_lm(path, "--model", other, "--layer", 1, "--text", flags["text"], "--context", 16,
                        "--cache-dir", tmp_path / "cache") == 2
-    assert "transformers cannot load" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+    assert "cannot load" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 def test_a_latent_that_is_not_there(lm_run, one_line):
     flags, tmp = lm_run

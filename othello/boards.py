@@ -39,7 +39,6 @@ from othello import game
 
 THRESHOLDS = [t / 10 for t in range(10)]
 PRECISION, TRUE_POSITIVES = 0.95, 10
-PUBLISHED = 2 / 3                                             # their coverage is ours times this
 
 def properties(boards):
     """bool [..., 128] of boards uint64 [..., 2 or 3]: mine on squares 0 to 63, yours on them."""

@@ -102,6 +102,7 @@ def is_othello(name):
         name is not None and (Path(name) / "weights.safetensors").is_file())
 
 def default_context(model):
+    """Tokens a context without --context."""
     return 59 if is_othello(model) else 128
 
 def contexts(args, tokenizer):

@@ -27,7 +27,8 @@ METHODS = {                                       # name: script, flags for an L
     "batchtopk": ("matryoshka", {n: f"--balance 0 {flags}" for n, flags in K.items()}),
     "matryoshka": ("matryoshka", K), "ordered": ("ordered", K),
     "gba": ("gba", {32: "--high 0.23", 64: "--high 0.46"})}
-# Karvonen et al. 2024, means over runs at an L0 of 50 to 80, F = 8 D, in the result files of its code (TopK: not in the paper).
+# Karvonen et al. 2024: means over runs at an L0 of 50 to 80, F = 8 D, in the result files of its code. TopK is not
+# in the paper.
 PUBLISHED = {"coverage": ["gated, p-annealed", "gated", "topk", "p-annealed", "vanilla"],
              "reconstruction": ["p-annealed", "gated", "topk", "vanilla", "gated, p-annealed"]}
 KNOWN = "coverage", "coverage_one_t", "reconstruction"

@@ -100,7 +100,7 @@ def train(args):
                       "choose another --out")
         print(f"goes on after {step * args.batch_size:,} games, {spent / 60:.1f} min", flush=True)
     steps, began = args.games // args.batch_size, time.perf_counter() - spent
-    def save():
+    def save_state():
         with data.replacing(state, "--out") as tmp:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts],
                             step=step, run=[args.seed, args.batch_size],
@@ -130,9 +130,9 @@ def train(args):
                 print(f"games {step * args.batch_size:,} | {spent / 60:.1f} min | cross-entropy "
                       f"{ce:.4f} (least {least:.4f}) | legal {rate:.2%}", flush=True)
             if spent - saved_at > 60:
-                save()
+                save_state()
                 saved_at = spent
-    save()
+    save_state()
     return model, done >= 1
 
 def parse_args(argv=None):

@@ -4,7 +4,7 @@
     python benchmarks/othello.py evaluate --runs runs/othello    # into benchmarks/results/othello.json
     python benchmarks/othello.py report                          # its tables: benchmarks/results/othello.md
 
---model othello, layer 6, 4M tokens in batches of 2048 (four passes), 8 D = 1024 latents: each script with
+--model othello, layer 6, 4M tokens in batches of 2048 (four passes), 8 D = 1536 latents: each script with
 its defaults at an L0 of 32 (seeds 0, 1, 2) and 64 (seed 0), p-annealed L1 and gated among them (--p-end 0.2).
 TopK also on the untrained model, and at layers 1 to 7 (L0 32), where steer.py edits boards through its latents.
 The published figures are those of papers on models and SAEs of other sizes; only their order is compared.
@@ -26,7 +26,7 @@ METHODS = {                                       # name: script, flags for an L
     "topk": ("topk", K),
     "batchtopk": ("matryoshka", {n: f"--balance 0 {flags}" for n, flags in K.items()}),
     "matryoshka": ("matryoshka", K), "ordered": ("ordered", K),
-    "gba": ("gba", {32: "--high 0.23", 64: "--high 0.46"})}
+    "gba": ("gba", {32: "--high 0.153", 64: "--high 0.307"})}
 # Karvonen et al. 2024: means over runs at an L0 of 50 to 80, F = 8 D, in the result files of its code. TopK is not
 # in the paper.
 PUBLISHED = {"coverage": ["gated, p-annealed", "gated", "topk", "p-annealed", "vanilla"],

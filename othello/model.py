@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Token ids [n, T], T <= 59, to logits [n, T, 64] of the next move's square."""
-    def __init__(self, width=128, heads=4, layers=8):
+    def __init__(self, width=192, heads=4, layers=8):
         super().__init__()
         self.embed, self.position = nn.Embedding(64, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -79,12 +79,13 @@ def folder(name="othello", cache=None):
     are put, as training starts from them; else in the folder of that name."""
     if name != "othello-untrained":
         return Path(__file__).parent if name == "othello" else Path(name)
-    path = cache / "othello-untrained"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT()
+    path = cache / f"othello-untrained-{model.config.hidden_size}"
     if not (path / "weights.safetensors").exists():
-        with torch.random.fork_rng(), \
-             data.replacing(path / "weights.safetensors", "--cache-dir") as tmp:
-            torch.manual_seed(0)
-            tmp.write_bytes(save(GPT().state_dict()))
+        with data.replacing(path / "weights.safetensors", "--cache-dir") as tmp:
+            tmp.write_bytes(save(model.state_dict()))
     return path
 
 def load(path):

@@ -150,7 +150,7 @@ def extra():
     topk = {k: max(max(boards("topk", k, l0)) for l0 in (32, 64)) for k in best}
     random = {k: max(max(boards("untrained", k, l0)) for l0 in (32, 64)) for k in best}
     base = othello("runs")["topk-32-s0"]["boards"]["baselines"]
-    probe, neurons = base["linear probe"], base["512 neurons of block 5"]
+    probe, neurons = base["linear probe"], base["768 neurons of block 5"]
     by_layer = [ways for ways, _ in othello("steering").values()]
     steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
     by_coverage, coverages = ranked("coverage")
@@ -159,7 +159,7 @@ def extra():
     return [
         row("nanda", "a linear probe reads mine, yours and empty from the residual stream",
             "99.4 to 99.6 % of squares at this layer (width 512, 20M games)",
-            f"{probe['accuracy']:.1%} (width 128, 1.3M games), and F1 {probe['coverage']:.2f} of mine and yours", OTHELLO,
+            f"{probe['accuracy']:.1%} (width 192, 2M games), and F1 {probe['coverage']:.2f} of mine and yours", OTHELLO,
             "partly", holds=0.9 < probe["accuracy"] < 0.99),
         row("nanda", "to add its direction changes the moves to those of the edited board",
             "errors 2.72, edited .10 (in many layers)",

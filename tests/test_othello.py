@@ -336,7 +336,7 @@ def test_evaluate_says_what_latents_know(run, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((path / "evaluation.json").read_text())["boards"]
     base = found["baselines"]
-    assert {"linear probe", "model as it is", "512 neurons of block 5"} < set(base)
+    assert {"linear probe", "model as it is", "768 neurons of block 5"} < set(base)
     assert 0.2 < found["coverage"] < base["linear probe"]["coverage"]
     assert found["legal"] < base["model as it is"]["legal"]
     assert base["linear probe"]["accuracy"] > 0.8 and base["games"] == 100

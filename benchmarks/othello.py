@@ -26,7 +26,7 @@ METHODS = {                                       # name: script, flags for an L
     "topk": ("topk", K),
     "batchtopk": ("matryoshka", {n: f"--balance 0 {flags}" for n, flags in K.items()}),
     "matryoshka": ("matryoshka", K), "ordered": ("ordered", K),
-    "gba": ("gba", {32: "--high 0.153", 64: "--high 0.307"})}
+    "gba": ("gba", {32: "--high 0.182", 64: "--high 0.33"})}
 # Karvonen et al. 2024: means over runs at an L0 of 50 to 80, F = 8 D, in the result files of its code. TopK is not
 # in the paper.
 PUBLISHED = {"coverage": ["gated, p-annealed", "gated", "topk", "p-annealed", "vanilla"],

@@ -1,7 +1,7 @@
 """Train the GPT of model.py from scratch on games of random legal moves; write its weights.
 
     python othello/train.py --minutes 2 --out DIR       # from scratch; stopped, the same goes on
-    python othello/train.py --games 2e6 --compile --out DIR     # the weights in this folder
+    python othello/train.py --games 1.6e6 --compile --out DIR     # the weights in this folder
 
 All legal moves of such a game are equally likely, so the target at a position is 1 / n on each of
 its n legal moves: the next-move cross-entropy of Li et al. 2022 (arXiv 2210.13382), averaged over
@@ -140,7 +140,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: data.fail(f"{message} (--help lists the flags)")
     add = parser.add_argument
-    add("--games", type=data.count, default=2_000_000, help="to train on; default 2e6")
+    add("--games", type=data.count, default=1_600_000, help="to train on; default 1.6e6")
     add("--minutes", type=data.at_least(0.01, float), help="stop then, if --games take longer")
     add("--batch-size", type=data.count, default=64, help="games a step; default 64")
     add("--seed", type=data.at_least(0), default=0, help="of weights and games; default 0")

@@ -268,10 +268,10 @@ def opened(cache, *flags):
     return data.open_source(args, CPU)
 
 def test_the_committed_model_plays_legal_moves():
-    """The claim of othello/README.md, 99.35 % of top moves legal, on 200 new games: at least 98.8 %,
+    """The claim of othello/README.md, 99.61 % of top moves legal, on 200 new games: at least 99.2 %,
     some standard errors below; untrained, the control, below 25 %."""
     rate, ce, least = train.measure(load(folder()), 200, 8)
-    assert rate >= 0.988 and ce - least < 0.16
+    assert rate >= 0.992 and ce - least < 0.11
     assert Path(folder(), "weights.safetensors").stat().st_size <= 8e6
     torch.manual_seed(0)
     assert train.measure(GPT().eval(), 50, 8)[0] < 0.25
@@ -339,7 +339,7 @@ def test_evaluate_says_what_latents_know(run, tmp_path):
     assert {"linear probe", "model as it is", "768 neurons of block 5"} < set(base)
     assert 0.2 < found["coverage"] < base["linear probe"]["coverage"]
     assert found["legal"] < base["model as it is"]["legal"]
-    assert base["linear probe"]["accuracy"] > 0.8 and base["games"] == 100
+    assert base["linear probe"]["accuracy"] > 0.9 and base["games"] == 100
     assert "Othello: what latents know of the board" in done.stdout
     shown = re.findall(r"([A-H][1-8]) is (mine|yours) where z > (0\.\d) of its peak: precision ([\d.]+)", done.stdout)
     assert len(shown) == 10

@@ -16,6 +16,7 @@ import data
 from othello import game
 
 VERSION = b"1"              # to be raised when the same weights or games come to mean another thing
+WIDTH = 192
 CONTEXT = 59                                                  # moves read: the 60th is the last
 
 class Block(nn.Module):
@@ -41,7 +42,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Token ids [n, T], T <= 59, to logits [n, T, 64] of the next move's square."""
-    def __init__(self, width=192, heads=4, layers=8):
+    def __init__(self, width=WIDTH, heads=4, layers=8):
         super().__init__()
         self.embed, self.position = nn.Embedding(64, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -79,18 +80,17 @@ def folder(name="othello", cache=None):
     are put, as training starts from them; else in the folder of that name."""
     if name != "othello-untrained":
         return Path(__file__).parent if name == "othello" else Path(name)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = GPT()
-    path = cache / f"othello-untrained-{model.config.hidden_size}"
+    path = cache / f"othello-untrained-{WIDTH}"
     if not (path / "weights.safetensors").exists():
-        with data.replacing(path / "weights.safetensors", "--cache-dir") as tmp:
-            tmp.write_bytes(save(model.state_dict()))
+        with torch.random.fork_rng(), \
+             data.replacing(path / "weights.safetensors", "--cache-dir") as tmp:
+            torch.manual_seed(0)
+            tmp.write_bytes(save(GPT().state_dict()))
     return path
 
 def load(path):
     """The model with the weights in this folder, as float32, on the CPU."""
-    model = GPT()
-    model.load_state_dict({name: t.float() for name, t in
-                           load_file(path / "weights.safetensors").items()})
+    weights = load_file(path / "weights.safetensors")
+    model = GPT(width=weights["embed.weight"].shape[1])
+    model.load_state_dict({name: t.float() for name, t in weights.items()})
     return model.eval()

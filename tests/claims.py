@@ -178,7 +178,8 @@ def extra():
             "so, .50, .42, .38, .34, .29 (L0 50 to 80, of a possible 2/3)", coverages, OTHELLO, "partly",
             holds=all(o[0] == KARVONEN[0] and o[-1] == KARVONEN[-1] and o != [*KARVONEN] for o in by_coverage)),
         row("karvonen", "at equal L0 reconstruction ranks p-annealed L1, gated, TopK, L1, p-annealed gated (its code's result files)",
-            "so, .95, .87, .84, .81, .80 (L0 50 to 80; the last three about level)", reconstructions + "; at 64 (one seed) so but for TopK, which the paper's text does not have", OTHELLO, "partly",
+            "so, .95, .87, .84, .81, .80 (L0 50 to 80; the last three about level)",
+            reconstructions + "; at 64 (one seed) so but for TopK, which the paper's text does not have", OTHELLO, "partly",
             holds=by_boards[0][0] == "gated-p-annealed" and by_boards[1][-1] == "topk"
                   and by_boards[1][:-1] == ["p-annealed", "gated", "vanilla", "gated-p-annealed"]),
         row("karvonen", "the MLP's neurons have a higher coverage than any SAE (its code's result files)",

@@ -3,29 +3,23 @@
 Rajamanoharan et al. 2024, 'Improving dictionary learning with gated sparse autoencoders', arXiv
 2404.16014; --p-end: Karvonen et al. 2024, arXiv 2408.00113, section 4.3.
 
-    s       = (x - b_dec) @ W_enc                         [B, F]
+    s       = (x - b_dec) @ W_enc                         [B, F]: B tokens, F latents
     gate    = s + b_gate                                  a latent fires where its gate is positive
     z       = (gate > 0) * relu(exp(r_mag) * s + b_mag)   [B, F]
     x_hat   = z @ W_dec + b_dec                           [B, D], rows of W_dec have norm 1
-    aux_hat = relu(gate) @ sg(W_dec) + sg(b_dec)          sg: no gradient
+    aux_hat = relu(gate) @ sg(W_dec) + sg(b_dec)          sg: without gradient
     loss    = mean_B |x - x_hat|^2 + l1 * mean_B sum_F relu(gate) + mean_B |x - aux_hat|^2
     --p-end, --target-l0: as in vanilla_sae.py, the former with relu(gate) in place of z
 
 The penalty shrinks the gate alone, so that magnitudes, and x_hat, are not biased towards 0.
-Departures from the paper (its pseudo-code was read, some of its formulas were not legible):
-  - Input is centred and scaled, the error summed over D: l1 is D * scale times lambda.
-  - Dead latents are not resampled: hardly any die on a language model (README). Where a toy has as
-    many features as there are latents, 1 to 4 % do, and stay unfound.
-  - l1 warms up; the rate follows default_lr (paper: 3e-4), warms up and decays; gradients are
-    clipped to norm 1. The paper does not give its start: here biases and r_mag are 0, W_enc is
-    min(1, 2 D / F) W_dec.T: half of the latents fire at first, and x_hat is x on average.
-  - Adam's beta1 is 0.9 (paper: 0): less error on a language model at the same L0.
-Where other code differs (as read in the installed packages):
-  - SAELens 6.54.12 lets the auxiliary loss train W_dec and b_dec, and multiplies the penalty by the
-    norms of W_dec's rows, which are free. On freezing see tests/test_l1.py: it lowers fvu when
-    there are more latents than features, and raises it, by dead latents, when as many.
-  - dictionary_learning 0.1.0 has this loss; its rate is 5e-5, its l1 0.1 for x with E|x|^2 = 1
-    (here sqrt(D) times that); the resampling in its trainer for p-annealing does nothing.
+
+Departures from the paper, whose pseudo-code was read but some of whose formulas were not legible
+(docs/gated.md has the reasons, the smaller ones, and where other code differs):
+  - x is centred and scaled, the error summed over D: l1 is D * scale times the paper's lambda.
+  - Dead latents are not resampled, since hardly any die on a language model.
+  - l1 warms up; biases and r_mag start at 0, W_enc at min(1, 2 D / F) W_dec.T. The paper does not
+    say how it starts. The learning rate is not its 3e-4 but default_lr.
+  - Adam's beta1 is 0.9, the paper's 0.
 
     python gated_sae.py --layer 6                                    # a language model, 2 CPU cores
     python gated_sae.py --model toy --toy flat --d-sae 512           # data with known features
@@ -36,42 +30,43 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import data
+import runs
+import sparse
 
-CHECK_EVERY = 10        # steps between the times when the host looks at what the device has found
 BETAS = 0.9, 0.999      # of Adam
 EPS = 1e-4              # in z^p
 
-# --- arguments ([shared: NAME] blocks are the same text in every variant's file) ------------------
+# --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
 
 def parse_args(argv=None):
     parser = data.ArgumentParser(__doc__)
     # [shared: flags]
     add = parser.add_argument_group("training").add_argument
-    add("--d-sae", type=data.count, help="F, the number of latents; default 8 D")
-    add("--tokens", type=data.count, default=2_000_000, help="training tokens; default 2e6")
-    add("--batch-size", type=data.count, default=2048, help="tokens a step, all processes; 2048")
-    add("--lr", type=data.at_least(1e-9, float), help="peak rate; default falls with width, length")
-    add("--warmup", type=data.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=data.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
-    add("--seed", type=data.at_least(0), default=0, help="of weights and data order; default 0")
+    add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
+    add("--tokens", type=runs.count, default=2_000_000, help="training tokens; default 2e6")
+    add("--batch-size", type=runs.count, default=2048, help="tokens a step, all processes; 2048")
+    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default falls with width, length")
+    add("--warmup", type=runs.count, help="steps of warm-up; default 1000, at most a tenth of all")
+    add("--dead-after", type=runs.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
+    add("--seed", type=runs.at_least(0), default=0, help="of weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
+    add("--dense", action="store_true", help="train with the textbook loss, which is slower")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--save-every", type=data.count, default=500, help="steps between saves; default 500")
-    add("--log-every", type=data.count, default=100, help="steps between log lines; default 100")
+    add("--save-every", type=runs.count, default=500, help="steps between saves; default 500")
+    add("--log-every", type=runs.count, default=100, help="steps between log lines; default 100")
     # [/shared: flags]
     add = parser.add_argument_group("this variant").add_argument
-    add("--l1", type=data.at_least(0, float), default=2.0, help="weight of the penalty; default 2")
+    add("--l1", type=runs.at_least(0, float), default=2.0, help="weight of the penalty; default 2")
     # [shared: penalty_flags]
-    add("--l1-warmup", type=data.count, help="steps of its warm-up; default a twentieth of all")
-    add("--target-l0", type=data.at_least(1e-3, float), help="adapt the weight until L0 is this")
-    add("--p-end", type=data.share, default=1.0, help="exponent at the end, 0 < p <= 1; default 1")
+    add("--l1-warmup", type=runs.count, help="steps of its warm-up; default a twentieth of all")
+    add("--target-l0", type=runs.at_least(1e-3, float), help="adapt the weight until L0 is this")
+    add("--p-end", type=runs.share, default=1.0, help="exponent at the end, 0 < p <= 1; default 1")
     # [/shared: penalty_flags]
     return parser.parse_args(argv)
 
@@ -83,7 +78,7 @@ class GatedSAE(nn.Module):
 
     def __init__(self, d_in, d_sae):
         super().__init__()
-        W = F.normalize(torch.randn(d_sae, d_in), dim=1)
+        W = nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
         self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), in memory F rows of D
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
@@ -92,7 +87,7 @@ class GatedSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     def encode(self, x):
-        s = F.linear(x - self.b_dec, self.W_enc.T)                                   # (B, F)
+        s = nn.functional.linear(x - self.b_dec, self.W_enc.T)                       # (B, F)
         return (s + self.b_gate > 0) * (self.r_mag.exp() * s + self.b_mag).relu()    # (B, F)
 
     def decode(self, z):
@@ -101,125 +96,53 @@ class GatedSAE(nn.Module):
     def forward(self, x):
         return self.decode(self.encode(x))
 
-# --- sparse codes ---------------------------------------------------------------------------------
-
-# [shared: sparse]
-class Active:
-    """Where codes Z [B, F] may be non-zero: entry j is token row[j], latent col[j]; row ascends.
-
-    Z itself is never built. Each method's docstring is the dense formula that it equals, at a cost
-    of n D for n entries instead of B F D; z [n] holds the entries of Z."""
-    def __init__(self, row, col, batch, d_sae):
-        self.row, self.col, self.d_sae = row, col, d_sae
-        self.row_starts = torch.searchsorted(row, torch.arange(batch, device=row.device))
-        ascending, self.by_col = col.sort()
-        self.col_starts = torch.searchsorted(ascending, torch.arange(d_sae, device=row.device))
-
-    def matmul(self, z, W):
-        """Z @ W: [B, D]"""
-        return F.embedding_bag(self.col, W, self.row_starts, mode="sum", per_sample_weights=z)
-
-    def t_matmul(self, z, X):
-        """Z.T @ X: [F, D]"""
-        return F.embedding_bag(self.row[self.by_col], X, self.col_starts, mode="sum",
-                               per_sample_weights=z[self.by_col])
-
-    def t_sum(self, z):
-        """Z.sum(0): [F]"""
-        return torch.zeros(self.d_sae, dtype=z.dtype, device=z.device).index_add_(0, self.col, z)
-
-    def entries(self, X, W):
-        """(X @ W.T)[row, col]: [n], by the private gradient of embedding_bag with respect to z"""
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            X, W, self.col, self.row_starts, self.row, 0)
-
-class Encode(torch.autograd.Function):
-    """((x - b_dec) @ W_enc + b_enc)[row, col], known already as `pre` [n]; x gets no gradient."""
-    @staticmethod
-    def forward(ctx, pre, active, x, W_enc, b_enc, b_dec):
-        ctx.active = active
-        ctx.save_for_backward(x, W_enc, b_dec)
-        return pre.to(W_enc.dtype, copy=True)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, W_enc, b_dec = ctx.saved_tensors
-        grad_b = ctx.active.t_sum(grad)
-        grad_W = ctx.active.t_matmul(grad, x - b_dec).T
-        return None, None, None, grad_W, grad_b, -(W_enc @ grad_b)
-# [/shared: sparse]
-
-# [shared: decode]
-class Decode(torch.autograd.Function):
-    """Z @ W_dec: [B, D], from the entries z [n] of Z."""
-    @staticmethod
-    def forward(ctx, z, active, W_dec):
-        ctx.active = active
-        ctx.save_for_backward(z, W_dec)
-        return active.matmul(z, W_dec)
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, W_dec = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_W = ctx.active.t_matmul(z, grad) if ctx.needs_input_grad[2] else None
-        return ctx.active.entries(grad, W_dec), None, grad_W
-# [/shared: decode]
-
-# [shared: positive]
-def positive(sae, x, W_enc, bias, state):
-    """pre = (x - b_dec) @ W_enc + bias where it is positive: entries [n], their Active, and 1,
-    or 0 if CUDA has no room for so many before the next check. While they are too many to gain from
-    it: all of pre [B, F], None, and 1."""
-    if not state["sparse"]:
-        zero = (sae.b_dec.detach() - sae.b_dec) @ W_enc.detach()    # its gradient is b_dec's
-        return F.linear(x - sae.b_dec.detach(), W_enc.T, bias + zero), None, 1
-    with torch.no_grad():
-        pre = F.linear(x - sae.b_dec, W_enc.T, bias).flatten()                # may be bf16
-        on, fits = pre > 0, 1
-        if not state["room"]:
-            at = on.nonzero()[:, 0]
-            vals = pre[at]
-        else:          # CUDA: n entries whatever the data, lest the host wait for their number. The
-            room = torch.arange(state["room"], device=x.device)          # last ones fill up with 0.
-            at = torch.nonzero_static(on, size=len(room), fill_value=len(pre) - 1)[:, 0]
-            vals, fits = pre[at] * (room < on.sum()), on.sum() <= len(room)
-        active = Active(at // len(bias), at % len(bias), len(x), len(bias))
-    return Encode.apply(vals, active, x, W_enc, bias, sae.b_dec), active, fits
-
-def decode(z, active, W_dec):
-    return z @ W_dec if active is None else Decode.apply(z, active, W_dec)   # (B, D)
-
-def fired(z, active):
-    on = (z > 1e-3).float()
-    return on.sum(0) if active is None else active.t_sum(on)                 # (F,)
-# [/shared: positive]
-
 # --- loss -----------------------------------------------------------------------------------------
 
-def loss_fn(sae, x, state, args):
-    """Loss of a batch x [B, D], its terms, how often each latent fired [F]."""
-    gate, active, fits = positive(sae, x, sae.W_enc, sae.b_gate, state)
-    at = lambda b: b.to(gate.dtype) if active is None else b.index_select(0, active.col)
-    s = gate - at(sae.b_gate)
-    mag = at(sae.r_mag.exp()) * s + at(sae.b_mag)
-    z, gate = (gate > 0) * mag.relu(), gate.relu()            # (n,) or (B, F)
-    x_hat = decode(z, active, sae.W_dec) + sae.b_dec          # (B, D)
-    aux_hat = decode(gate, active, sae.W_dec.detach()) + sae.b_dec.detach()
-    mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
-    aux = F.mse_loss(aux_hat, x, reduction="sum") / len(x)
-    penalty, rematch = penalties(gate, x, state)
-    loss = (mse + state["weight"] * penalty + aux) * fits
-    terms = dict(loss=loss, mse=mse, penalty=penalty, aux=aux, l1=state["weight"],
-                 gate_l0=(gate > 0).sum() / len(x), l0=(z > 0).sum() / len(x))
-    return loss, dict(terms, rematch=rematch), fired(z, active)
+def loss(sae, x, l1, p=1):
+    """The textbook: plain autograd, the equations above; p < 1 is for --p-end."""
+    z = sae.encode(x)                                                                # (B, F)
+    mse = (x - sae.decode(z)).pow(2).sum(1).mean()
+    gate = ((x - sae.b_dec) @ sae.W_enc + sae.b_gate).relu()                         # (B, F)
+    aux_hat = gate @ sae.W_dec.detach() + sae.b_dec.detach()                         # (B, D)
+    aux = (x - aux_hat).pow(2).sum(1).mean()
+    powers = gate if p == 1 else (gate + EPS) ** p - EPS ** p
+    penalty = powers.sum(1).mean()
+    return mse + l1 * penalty + aux, dict(mse=mse, penalty=penalty, aux=aux), (z, gate)
+
+def dense_loss(sae, x, state, args):
+    """What sparse_loss gives, by the textbook: for --dense."""
+    p = 1 if state["p"] is None else state["p"]
+    total, terms, (z, gate) = loss(sae, x, state["weight"], p)
+    terms.update(l1=state["weight"], gate_l0=(gate > 0).sum() / len(x), l0=(z > 0).sum() / len(x),
+                 penalty_next=sum_of_powers(gate.detach(), state["p_next"], x))
+    return total, dict(loss=total, **terms), (z > 1e-3).float().sum(0)
+
+def sparse_loss(sae, x, state, args):
+    """The same value and gradients from the active entries alone, for training. Gives the loss of a
+    batch x [B, D], its terms, and how often each latent fired [F]."""
+    pre, active = sparse.encode(                              # (x - b_dec) @ W_enc + b_gate
+        x, sae.W_enc, sae.b_gate, sae.b_dec, state["sparse"], state["room"])
+    b_gate, scale, b_mag = (                                  # each as (n,), or (B, F) by expansion
+        active.lookup(v).to(pre.dtype) for v in (sae.b_gate, sae.r_mag.exp(), sae.b_mag))
+    mag = scale * (pre - b_gate) + b_mag
+    z, gate = (pre > 0) * mag.relu(), pre.relu()              # those of Z: (n,), or all: (B, F)
+    x_hat = active.decode(z, sae.W_dec) + sae.b_dec           # Z @ W_dec + b_dec: (B, D)
+    aux_hat = active.decode(gate, sae.W_dec.detach()) + sae.b_dec.detach()           # (B, D)
+    mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
+    aux = nn.functional.mse_loss(aux_hat, x, reduction="sum") / len(x)
+    penalty = sum_of_powers(gate, state["p"], x)
+    after = penalty if state["p"] is None else sum_of_powers(gate, state["p_next"], x)
+    total = (mse + state["weight"] * penalty + aux) * active.fits   # fits: 0 if room was short
+    terms = dict(loss=total, mse=mse, penalty=penalty, aux=aux, l1=state["weight"],
+                 penalty_next=after, gate_l0=(gate > 0).sum() / len(x), l0=(z > 0).sum() / len(x))
+    return total, terms, active.t_sum((z > 1e-3).float())     # (Z > 1e-3).sum(0)
 
 # [shared: penalty]
-def penalties(z, x, state):
-    """mean_B sum_F z^p for the p of this step and for that of the next."""
-    if state["p"] is None:                                    # both are 1
-        return 2 * (z.sum(dtype=x.dtype) / len(x),)
-    return [((z.to(x.dtype) + EPS) ** p - EPS ** p).sum() / len(x) for p in state["p"]]
+def sum_of_powers(z, p, x):
+    """mean_B sum_F z^p of the codes z of x, as entries [n] or as [B, F]; p None is 1."""
+    if p is None:
+        return z.sum(dtype=x.dtype) / len(x)
+    return ((z.to(x.dtype) + EPS) ** p - EPS ** p).sum() / len(x)
 
 def p_at(step, args):
     """1 for 40 % of the steps, then linearly falling, --p-end from 70 % on."""
@@ -228,6 +151,25 @@ def p_at(step, args):
 # [/shared: penalty]
 
 # --- training -------------------------------------------------------------------------------------
+
+def init_state(args, device):
+    """All that steps keep beside weights and moments, and --resume restores."""
+    return dict(
+        # [shared: state]
+        tokens_since_fired=torch.zeros(args.d_sae, dtype=torch.int64, device=device),
+        dead=torch.empty(0, dtype=torch.int64, device=device),        # indices of the dead latents
+        # [/shared: state]
+        # [shared: penalty_state]
+        l1=torch.tensor(args.l1, device=device),      # weight of the penalty, when it is warmed up
+        weight=None,                                  # of this step
+        p=None, p_next=None,                          # exponents of this step and the next
+        last_l0=torch.ones((), device=device),        # of the step before
+        # [/shared: penalty_state]
+        # [shared: form_state]
+        active=torch.inf,                             # entries per token in the step before
+        sparse=False, room=0,                         # form of the codes: sparse.encode
+        # [/shared: form_state]
+    )
 
 # [shared: schedule]
 def default_lr(d_sae, steps):
@@ -240,31 +182,34 @@ def lr_at(step, args):
     return args.lr * min(1, (step + 1) / args.warmup, (args.steps - step) / (0.2 * args.steps))
 # [/shared: schedule]
 
-def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
+def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
-    # [shared: switch]
-    if step % CHECK_EVERY == 0:                                          # but here
-        active = float(state["active"])                                  # per token
-        state["sparse"] = active < args.d_sae / 20           # about where it gets faster
+    # [shared: form]
+    if step % runs.CHECK_EVERY == 0:                               # but here
+        active = float(state["active"])
+        state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
-    # [/shared: switch]
+    # [/shared: form]
     # [shared: before]
     p_now, p_next = p_at(step, args), p_at(step + 1, args)
-    state["p"] = None if p_next == 1 else (x.new_full((), p_now), x.new_full((), p_next))
+    constant = p_next == 1                                         # so far
+    state["p"] = None if constant else x.new_full((), p_now)
+    state["p_next"] = None if constant else x.new_full((), p_next)
     state["weight"] = state["l1"] * min(1, (step + 1) / args.l1_warmup)
     # [/shared: before]
     # [shared: step]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, terms, fired = loss_fn(sae, x, state, args)
-    loss.backward()
+        total, terms, fired = loss_fn(sae, x, state, args)
+    total.backward()
     with torch.no_grad():
         group, W = opt.param_groups[0], sae.W_dec
-        for p, view in zip(sae.parameters(), group["params"]):
-            view.grad = data.all_reduce(data.rows(p.grad))
-        if sae.unit_norm:                                              # move along the sphere
+        for p, view in zip(sae.parameters(), group["params"]):     # Adam holds views: runs.adam
+            view.grad = runs.all_reduce(runs.rows(p.grad))         # shares its memory with p.grad
+        if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        opt.found_inf = data.all_reduce((~(norm + loss).isfinite()).float(), "max")   # 1: no update
+        bad = ~(norm + total).isfinite()                           # fused Adam reads found_inf,
+        opt.found_inf = runs.all_reduce(bad.float(), "max")        # and at 1 makes no update
         group["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
@@ -272,26 +217,26 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         if sae.unit_norm:
             W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
         state["tokens_since_fired"] += args.batch_size
-        state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "sum") > 0, 0)
+        state["tokens_since_fired"].masked_fill_(runs.all_reduce(fired, "sum") > 0, 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # [shared: after]
-    now, then, l0 = data.all_reduce(torch.stack(
-        [terms["penalty"], terms.pop("rematch"), terms["l0"]])).clamp_min(EPS)
+    now, then, l0 = runs.all_reduce(torch.stack(
+        [terms["penalty"], terms.pop("penalty_next"), terms["l0"]])).clamp_min(EPS)
     l1 = state["l1"] * now / then
     if args.target_l0 and 0.3 * args.steps <= step < 0.8 * args.steps:
         steer = (l0 / args.target_l0).clamp(0.5, 2) ** (40 / args.steps) * l0 / state["last_l0"]
         l1 *= steer.clamp(0.8, 1.25)
     new = dict(l1=l1, last_l0=l0, active=terms.get("gate_l0", terms["l0"]))
     for name in new:                                               # but not from a bad batch
-        state[name] = torch.where(opt.found_inf > 0, state.get(name, new[name]), new[name])
+        state[name] = torch.where(opt.found_inf > 0, state[name], new[name])
     # [/shared: after]
     return terms
 
 def train(args):
     """Train as parse_args says, write the run directory; returns the SAE, for raw activations."""
     # [shared: start]
-    device = data.setup(args)
+    device = runs.setup(args)
     source = data.open_source(args, device)
     D, args.steps = source.d_in, args.tokens // args.batch_size
     args.d_sae = args.d_sae or 8 * D
@@ -300,46 +245,36 @@ def train(args):
     args.lr = args.lr or default_lr(args.d_sae, args.steps)
     torch.manual_seed(args.seed)
     # [/shared: start]
+    # [shared: penalty_defaults]
     args.l1_warmup = args.l1_warmup or max(1, args.steps // 20)
     if args.target_l0 and (args.target_l0 > args.d_sae or not args.l1):
-        data.fail(f"--target-l0: needs to be at most --d-sae {args.d_sae}, and --l1 above 0")
-    sae = GatedSAE(D, args.d_sae).to(device)
-    data.run_dir(args, "gated")
-    state = dict(l1=torch.tensor(args.l1, device=device), active=torch.inf)
+        runs.fail(f"--target-l0: needs to be at most --d-sae {args.d_sae}, and --l1 above 0")
+    # [/shared: penalty_defaults]
+    sae, variant = GatedSAE(D, args.d_sae).to(device), "gated"
     # [shared: loop]
-    opt, first = data.adam(sae, args.lr, BETAS), 0
-    state["tokens_since_fired"] = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
-    state["dead"] = torch.empty(0, dtype=torch.int64, device=device)         # indices
-    if args.resume:
-        first = data.load_state(args, source, sae, opt, state)
-    loss = torch.compile(loss_fn) if args.compile else loss_fn
-    log, bad = data.Log(args, first), torch.zeros((), device=device)
-    with data.stop_signal(device) as stop, log.bar:
-        for step in log.bar:
+    opt, state = runs.adam(sae, args.lr, BETAS), init_state(args, device)
+    loss_fn = dense_loss if args.dense else sparse_loss
+    loss_fn = torch.compile(loss_fn) if args.compile else loss_fn
+    with runs.Run(args, variant, source, sae, opt, state) as run:
+        for step in run.steps:                                # from 0, or where --resume goes on
             x = source.batch(step)
-            terms = train_step(sae, opt, x, state, step, args, loss)
-            bad, done, halt = bad + opt.found_inf, step + 1, False
-            if done % CHECK_EVERY == 0 or done == args.steps:           # the host waits here
+            terms = train_step(sae, opt, x, state, step, args, loss_fn)
+            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:       # the host waits
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
-                halt = bad.item() > 0 or stop() and done < args.steps
-            if done % args.log_every == 0 or done == args.steps:        # and here
-                log(done, x, terms, lr_at(step, args), len(state["dead"]) / args.d_sae)
-            if done % args.save_every == 0 or done == args.steps or halt:
-                data.save_state(args, source, sae, opt, state, done)
-            if halt:
-                log.halt(done, finite=bad.item() == 0)
+            run.end_step(step, x, terms, lr_at(step, args))   # logs, saves, stops at Ctrl-C
     # [/shared: loop]
-    metrics = data.heldout_metrics(sae, source.heldout())
-    sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
-    data.save_sae(args, "gated", sae.state_dict(), source, log, metrics)
+    metrics = runs.heldout_metrics(sae, source.heldout())
+    sae.load_state_dict(runs.fold(sae.state_dict(), source))            # takes raw x from here on
+    run.save_sae("gated", sae.state_dict(), metrics)
     return sae
 
 def load(path):
     """The SAE of a run directory; it takes raw activations."""
-    cfg, tensors = data.load_sae(path)
+    cfg, tensors = runs.load_sae(path)
     sae = GatedSAE(cfg["d_in"], cfg["d_sae"])
     sae.load_state_dict(tensors)
     return sae
 
 if __name__ == "__main__":
-    train(parse_args())
+    with runs.one_line_errors():
+        train(parse_args())

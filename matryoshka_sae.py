@@ -4,22 +4,23 @@ Bussmann et al. 2025, 'Learning Multi-Level Features with Matryoshka Sparse Auto
 2503.17547; --balance: Chanin et al. 2025, arXiv 2505.11756; with one level it is BatchTopK,
 Bussmann et al. 2024, arXiv 2412.06410.
 
-    pre     = (x - b_dec) @ W_enc + b_enc                 [B, F]
+    pre     = (x - b_dec) @ W_enc + b_enc                 [B, F]: B tokens, F latents
     z       = relu(pre) where pre is among the k B largest of the batch, else 0
     x_hat_g = z[:, :m_g] @ W_dec[:m_g] + b_dec            m_1 < ... < m_G = F: the levels' --widths
     loss    = sum_g balance^(G-g) mean_B |x - x_hat_g|^2 + auxk_alpha * D * aux
-    aux     as in topk_sae.py, on the error of all latents, x - x_hat_G, detached
+    aux     as in topk_sae.py, on the error of all latents, x - x_hat_G, without gradient
     trained:  z = relu(pre) where pre > threshold         about k of them per held-out token
 
-Departures from the papers (of the first we read a text without formulas, of the second the code):
-  - balance 1 is the listing's plain sum. The authors' repository takes the mean, with the prefix of
-    no latents; dictionary_learning, which the paper says it used, weighs levels by 1 / G^2; SAELens
-    chooses k latents anew in each level. Beside a sum of weights of 5, aux counts a fifth as much.
-  - One aux, for all latents (Chanin et al.: one a level); rows of W_dec have norm 1 (theirs: free).
+A level must reconstruct x alone, so the first ones learn what is common; later ones add detail.
+
+Departures from the papers, of the first of which we read a text without formulas, of the second
+the code (docs/matryoshka.md has the reasons and the smaller ones):
+  - balance 1 is the plain sum over levels. The authors' repository takes the mean, and counts the
+    empty prefix; dictionary_learning weighs by 1 / G^2; SAELens chooses k latents in each level.
+  - There is one aux, for all latents, where Chanin et al. have one a level.
   - --widths default to the shares of the paper's main run. --random-widths draws the inner ones by
-    Nabeshima's law (matryoshka-saes, 2024), without the L1 penalty and sorting of latents there.
-  - The threshold is the exact quantile of every other held-out token, and results are of the rest;
-    the authors' running mean of batch minima starts at 0, and is low where batches differ.
+    Nabeshima's law (matryoshka-saes, 2024), without the L1 penalty and the sorting there.
+  - The threshold is the exact quantile of held-out tokens, not a running mean of batch minima.
   - k may be annealed. Scaling, aux, initialisation, rate and clipping are those of topk_sae.py.
 
     python matryoshka_sae.py --layer 6                               # a language model, 2 CPU cores
@@ -28,63 +29,66 @@ Departures from the papers (of the first we read a text without formulas, of the
     torchrun --nproc-per-node 8 matryoshka_sae.py --layer 6 --tokens 1e8 --batch-size 16384
 """
 import argparse
-import copy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import data
+import runs
+import sparse
 
-CHECK_EVERY = 10        # steps between the times when the host looks at what the device has found
 BETAS = 0.9, 0.999      # of Adam
 
-# --- arguments ([shared: NAME] blocks are the same text in every variant's file) ------------------
+# --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
 
 def parse_args(argv=None):
     parser = data.ArgumentParser(__doc__)
     # [shared: flags]
     add = parser.add_argument_group("training").add_argument
-    add("--d-sae", type=data.count, help="F, the number of latents; default 8 D")
-    add("--tokens", type=data.count, default=2_000_000, help="training tokens; default 2e6")
-    add("--batch-size", type=data.count, default=2048, help="tokens a step, all processes; 2048")
-    add("--lr", type=data.at_least(1e-9, float), help="peak rate; default falls with width, length")
-    add("--warmup", type=data.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=data.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
-    add("--seed", type=data.at_least(0), default=0, help="of weights and data order; default 0")
+    add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
+    add("--tokens", type=runs.count, default=2_000_000, help="training tokens; default 2e6")
+    add("--batch-size", type=runs.count, default=2048, help="tokens a step, all processes; 2048")
+    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default falls with width, length")
+    add("--warmup", type=runs.count, help="steps of warm-up; default 1000, at most a tenth of all")
+    add("--dead-after", type=runs.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
+    add("--seed", type=runs.at_least(0), default=0, help="of weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
+    add("--dense", action="store_true", help="train with the textbook loss, which is slower")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--save-every", type=data.count, default=500, help="steps between saves; default 500")
-    add("--log-every", type=data.count, default=100, help="steps between log lines; default 100")
+    add("--save-every", type=runs.count, default=500, help="steps between saves; default 500")
+    add("--log-every", type=runs.count, default=100, help="steps between log lines; default 100")
     # [/shared: flags]
     add = parser.add_argument_group("this variant").add_argument
-    add("--k", type=data.at_least(1e-3, float), default=32, help="active latents per token; 32")
-    add("--widths", type=data.count, nargs="+", help="latents of the first level, of the second, "
+    add("--k", type=runs.at_least(1e-3, float), default=32, help="active latents per token; 32")
+    add("--widths", type=runs.count, nargs="+", help="latents of the first level, of the second, "
                           "...; the last has all; default: 1/32, 3/32, 7/32, 15/32 and 1 of them")
     add("--random-widths", action="store_true", help="draw all but the last anew in every step")
-    add("--balance", type=data.at_least(0, float, 100), default=1.0, help="weight of each level by "
+    add("--balance", type=runs.at_least(0, float, 100), default=1.0, help="weight of each level by "
                           "that of the next; 0: of the last alone, which is BatchTopK; default 1")
-    add("--k-start", type=data.at_least(1e-3, float), help="k at the first step; default: --k")
-    add("--k-anneal", type=data.share, default=0.2, help="share of the steps until k is --k; 0.2")
-    add("--auxk", type=data.count, help="dead latents that AuxK uses per token; default D // 2")
-    add("--auxk-alpha", type=data.at_least(0, float), default=1 / 32, help="weight of AuxK; 1/32")
+    add("--k-start", type=runs.at_least(1e-3, float), help="k at the first step; default: --k")
+    add("--k-anneal", type=runs.share, default=0.2, help="share of the steps until k is --k; 0.2")
+    add("--auxk", type=runs.count, help="dead latents that AuxK uses per token; default D // 2")
+    add("--auxk-alpha", type=runs.at_least(0, float), default=1 / 32, help="weight of AuxK; 1/32")
     return parser.parse_args(argv)
 
 # --- model ----------------------------------------------------------------------------------------
 
 class MatryoshkaSAE(nn.Module):
-    """W_enc [D, F], b_enc [F], W_dec [F, D] with unit rows, b_dec [D], threshold [F]. In training
-    mode the k B largest codes of x [B, D] stay, in .eval() those above the threshold."""
+    """W_enc [D, F], b_enc [F], W_dec [F, D] with unit rows, b_dec [D], threshold [F].
+
+    encode() does two different things: in training mode, as the SAE is made, the k B largest codes
+    of the batch x [B, D] stay, so that a token's codes hang on the others; after .eval(), which
+    load() and set_threshold() call, those above the threshold, for each token by itself."""
     unit_norm = True                                          # train_step keeps rows of W_dec so
 
     def __init__(self, d_in, d_sae, k):
         super().__init__()
         self.k = k
-        W = F.normalize(torch.randn(d_sae, d_in), dim=1)
+        W = nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
         self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), in memory F rows of D
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -92,7 +96,7 @@ class MatryoshkaSAE(nn.Module):
         self.threshold = nn.Buffer(torch.zeros(d_sae))        # one number, F times
 
     def pre_acts(self, x):
-        return F.linear(x - self.b_dec, self.W_enc.T, self.b_enc)            # (B, F)
+        return nn.functional.linear(x - self.b_dec, self.W_enc.T, self.b_enc)            # (B, F)
 
     def activate(self, pre):
         if self.training:
@@ -120,152 +124,97 @@ class MatryoshkaSAE(nn.Module):
         self.threshold.fill_(best[n - 1:].mean() if len(best) > n else 0)
         return self.eval()
 
-# --- sparse codes ---------------------------------------------------------------------------------
-
-def top(pre, n):
-    """Where the n largest entries of pre [N] are, ascending; exactly. They are sought above a
-    threshold that a sample sets; among all entries on CUDA, and where the sample misleads."""
-    sample, at = pre[::61], pre.new_empty(0)                  # a prime meets all latents, mostly
-    rank = int(n / 61 + 4 * (n / 61) ** 0.5) + 4              # 4 standard deviations to be safe
-    if rank < len(sample) and not pre.is_cuda:
-        at = (pre > sample.topk(rank, sorted=False).values.min()).nonzero()[:, 0]
-    if len(at) < n:
-        return pre.topk(n, sorted=False).indices.sort().values
-    return at[pre[at].topk(n, sorted=False).indices].sort().values
-
-def batch_top(pre, n):
-    """The n largest of pre [N] over all processes: values, where they are. Each process offers a
-    bit more than twice its share, of which what is not among the n becomes 0; so it is exact for
-    two processes, and for more unless one holds over twice its share of the n."""
-    world = data.world_size()
-    at = top(pre, min(n, len(pre), 2 * n // world + 64))
-    vals = pre[at]
-    if world > 1:
-        offers = torch.zeros(world, len(at), device=pre.device)
-        offers[data.rank()] = vals
-        best = data.all_reduce(offers, "sum").flatten().topk(n, sorted=False).indices
-        vals *= torch.zeros_like(offers).put_(best, offers.new_ones(n))[data.rank()]
-    return vals, at
-
-# [shared: sparse]
-class Active:
-    """Where codes Z [B, F] may be non-zero: entry j is token row[j], latent col[j]; row ascends.
-
-    Z itself is never built. Each method's docstring is the dense formula that it equals, at a cost
-    of n D for n entries instead of B F D; z [n] holds the entries of Z."""
-    def __init__(self, row, col, batch, d_sae):
-        self.row, self.col, self.d_sae = row, col, d_sae
-        self.row_starts = torch.searchsorted(row, torch.arange(batch, device=row.device))
-        ascending, self.by_col = col.sort()
-        self.col_starts = torch.searchsorted(ascending, torch.arange(d_sae, device=row.device))
-
-    def matmul(self, z, W):
-        """Z @ W: [B, D]"""
-        return F.embedding_bag(self.col, W, self.row_starts, mode="sum", per_sample_weights=z)
-
-    def t_matmul(self, z, X):
-        """Z.T @ X: [F, D]"""
-        return F.embedding_bag(self.row[self.by_col], X, self.col_starts, mode="sum",
-                               per_sample_weights=z[self.by_col])
-
-    def t_sum(self, z):
-        """Z.sum(0): [F]"""
-        return torch.zeros(self.d_sae, dtype=z.dtype, device=z.device).index_add_(0, self.col, z)
-
-    def entries(self, X, W):
-        """(X @ W.T)[row, col]: [n], by the private gradient of embedding_bag with respect to z"""
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            X, W, self.col, self.row_starts, self.row, 0)
-
-class Encode(torch.autograd.Function):
-    """((x - b_dec) @ W_enc + b_enc)[row, col], known already as `pre` [n]; x gets no gradient."""
-    @staticmethod
-    def forward(ctx, pre, active, x, W_enc, b_enc, b_dec):
-        ctx.active = active
-        ctx.save_for_backward(x, W_enc, b_dec)
-        return pre.to(W_enc.dtype, copy=True)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, W_enc, b_dec = ctx.saved_tensors
-        grad_b = ctx.active.t_sum(grad)
-        grad_W = ctx.active.t_matmul(grad, x - b_dec).T
-        return None, None, None, grad_W, grad_b, -(W_enc @ grad_b)
-# [/shared: sparse]
-
-# [shared: nested]
-class Nested(torch.autograd.Function):
-    """sum_b sum_t w_bt |r_bt|^2 over the T + 1 different prefixes of a token, t = 0 .. T, exactly.
-
-    r_0 = x - b_dec and r_t = r_{t-1} - P_t, where P_t is the sum of z d over the entries z that the
-    t-th prefix adds and their rows d of W_dec; the last, r_T = e, is given. Going back from it with
-    R_t = sum_{s >= t} w_s r_s gives the gradients, -2 <d, R_t> for z, -2 z R_t for d, -2 R_0 for
-    b_dec, and the value, <r_0, R_0> - sum z <d, R_t>. The batch comes in `pieces`, each the Active
-    of some tokens with rows token * T + t - 1: all P_t, T D floats a token, exist for one piece at
-    a time, and only the gradients are kept for backward."""
-    @staticmethod
-    def forward(ctx, z, W_dec, b_dec, e, w, pieces):
-        T, value, grad_z, grad_W, grad_b = w.shape[1] - 1, 0, [], 0, 0
-        entries = z.split([len(active.col) for active in pieces])
-        tokens = [len(active.row_starts) // T for active in pieces]
-        for active, v, r, weight in zip(pieces, entries, e.clone().split(tokens), w.split(tokens)):
-            P = active.matmul(v, W_dec)                                      # (tokens T, D)
-            R, P_t = torch.zeros_like(r), P.unflatten(0, (-1, T)).unbind(1)
-            for t in range(T, 0, -1):
-                R.addcmul_(r, weight[:, t, None])                            # R_t
-                r += P_t[t - 1]                                              # r_{t-1}
-                P_t[t - 1].copy_(R)                                          # P_t has served
-            R.addcmul_(r, weight[:, :1])                                     # R_0
-            grad_z.append(active.entries(P, W_dec))
-            grad_W, grad_b = active.t_matmul(v, P).add_(grad_W), R.sum(0) + grad_b
-            value = (r * R).sum() - (v * grad_z[-1]).sum() + value
-        ctx.save_for_backward(torch.cat(grad_z), grad_W, grad_b)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(-2 * grad * known for known in ctx.saved_tensors), None, None, None
-# [/shared: nested]
-
 # --- loss -----------------------------------------------------------------------------------------
 
-def loss_fn(sae, x, state, args):
-    """Loss of a batch x [B, D], its terms, how often each latent fired [F]."""
+def loss(sae, x, widths, weights, dead, auxk, auxk_alpha):
+    """The textbook: plain autograd, the equations above. dead: indices of the dead latents."""
+    z, total = sae.encode(x), 0.0                                                    # (B, F)
+    for m, weight in zip(widths, weights):                                           # the levels
+        e = x - (z[:, :m] @ sae.W_dec[:m] + sae.b_dec)        # the last: x - sae.decode(z)
+        mse = e.pow(2).sum(1).mean()
+        total = total + weight * mse
+    # [shared: aux]
+    e, aux = e.detach(), torch.zeros_like(mse)
+    if len(dead):
+        pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
+        vals, idx = pre.topk(min(auxk, len(dead)))
+        e_hat = torch.zeros_like(pre).scatter(1, idx, vals.relu()) @ sae.W_dec[dead]
+        aux = (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum()
+    # [/shared: aux]
+    return total + auxk_alpha * x.shape[1] * aux, dict(mse=mse, aux=aux), z
+
+def dense_loss(sae, x, state, args):
+    """What sparse_loss gives, by the textbook: for --dense."""
+    total, terms, z = loss(sae, x, state["widths"].tolist(), state["weights"].tolist(),
+                           state["dead"], args.auxk, args.auxk_alpha)
+    return total, dict(loss=total, **terms, l0=(z > 0).sum() / len(x)), (z > 1e-3).float().sum(0)
+
+def sparse_loss(sae, x, state, args):
+    """The same value and gradients from the active entries alone, for training. Gives the loss of a
+    batch x [B, D], its terms, and how often each latent fired [F]."""
     (B, D), d_sae, G = x.shape, len(sae.W_dec), len(state["widths"])
     with torch.no_grad():
-        vals, at = batch_top(sae.pre_acts(x).flatten(), state["n"])          # (n,), may be bf16
-        active = Active(at // d_sae, at % d_sae, B, d_sae)
-        levels = copy.copy(active)             # the same entries, in rows token * G + level - 1
-        levels.row = active.row * G + torch.searchsorted(state["widths"], active.col, right=True)
-        levels.row_starts = torch.searchsorted(levels.row, torch.arange(B * G, device=x.device))
-    z = Encode.apply(vals, active, x, sae.W_enc, sae.b_enc, sae.b_dec).relu()
-    e = (x - sae.b_dec - active.matmul(z, sae.W_dec)).detach()               # (B, D)
-    w = state["weights"].expand(B, G + 1)
-    loss = Nested.apply(z, sae.W_dec, sae.b_dec, e, w, [levels]) / B
+        vals, flat = batch_top(sae.pre_acts(x).flatten(), state["n"])        # may be bf16
+        active = sparse.Active(flat // d_sae, flat % d_sae, B, d_sae)
+        level = torch.searchsorted(state["widths"], active.col, right=True)  # of an entry, from 0
+        levels = active.in_rows(active.row * G + level, B * G)               # for Nested
+        w = nn.functional.pad(state["weights"], (1, 0)).expand(B, G + 1)     # empty prefix: 0
+    pre = sparse.Encode.apply(vals, active, x, sae.W_enc, sae.b_enc, sae.b_dec)
+    z = pre.relu()                                            # those of Z = encode(x): (n,)
+    e = (x - sae.b_dec - active.matmul(z, sae.W_dec)).detach()     # x - (Z @ W_dec + b_dec)
+    total = sparse.Nested.apply(z, sae.W_dec, sae.b_dec, e, w, [levels]) / B  # sum_g w mean |e_g|^2
     mse, dead = e.pow(2).sum() / B, state["dead"]
     aux = torch.zeros_like(mse)
     if len(dead) and args.auxk_alpha:
         aux = auxk_loss(sae, x, e, dead, args)
-    loss = loss + args.auxk_alpha * D * aux
-    terms = dict(loss=loss, mse=mse, aux=aux, l0=(z > 0).sum() / B)
-    return loss, terms, active.t_sum((z > 1e-3).float())
+    total = total + args.auxk_alpha * D * aux
+    terms = dict(loss=total, mse=mse, aux=aux, l0=(z > 0).sum() / B)
+    return total, terms, active.t_sum((z > 1e-3).float())     # (Z > 1e-3).sum(0)
+
+def batch_top(pre, n):
+    """The n largest of pre [N] over all processes: values, and where they are. Each process offers
+    a bit more than twice its share of n; of its offers those that are not among the n become 0. So
+    it is exact for two processes, and for more unless one holds over twice its share of the n."""
+    world = runs.world_size()
+    flat = sparse.flat_top(pre, min(n, len(pre), 2 * n // world + 64))       # pre.topk(n).indices
+    vals = pre[flat]
+    if world > 1:
+        offers = torch.zeros(world, len(flat), device=pre.device)
+        offers[runs.rank()] = vals
+        best = runs.all_reduce(offers, "sum").flatten().topk(n, sorted=False).indices
+        vals *= torch.zeros_like(offers).put_(best, offers.new_ones(n))[runs.rank()]
+    return vals, flat
 
 # [shared: auxk]
 def auxk_loss(sae, x, e, dead, args):
-    """The dead latents reconstruct the error e of the live ones: no gradient to live ones or b_dec.
-    Dense, over the dead latents alone. No b_dec in e_hat: e already excludes it."""
-    W_enc, W_dec = F.embedding(dead, sae.W_enc.T), F.embedding(dead, sae.W_dec)      # (n, D)
-    pre = F.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])                   # (B, n)
+    """aux: the dead latents reconstruct the error e of the live ones, which get no gradient, nor
+    does b_dec. e_hat has no b_dec, since e excludes it already. Dense, over the dead ones alone."""
+    W_enc = nn.functional.embedding(dead, sae.W_enc.T)        # W_enc[:, dead].T: (n, D)
+    W_dec = nn.functional.embedding(dead, sae.W_dec)          # W_dec[dead]: (n, D)
+    pre = nn.functional.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])       # (B, n)
     if len(dead) > args.auxk:
         vals, idx = pre.topk(args.auxk, sorted=False)
         pre = torch.zeros_like(pre).scatter_(1, idx, vals)
     e_hat = pre.relu() @ W_dec
-    mean = data.all_reduce(e.mean(0))                                        # of the global batch
-    variance = data.all_reduce(e.pow(2).sum() / len(e)) - mean.pow(2).sum()
-    return F.mse_loss(e_hat, e, reduction="sum") / len(e) / variance.clamp_min(1e-8)
+    mean = runs.all_reduce(e.mean(0))                                        # of the global batch
+    variance = runs.all_reduce(e.pow(2).sum() / len(e)) - mean.pow(2).sum()
+    return nn.functional.mse_loss(e_hat, e, reduction="sum") / len(e) / variance.clamp_min(1e-8)
 # [/shared: auxk]
 
 # --- training -------------------------------------------------------------------------------------
+
+def init_state(args, device):
+    """All that steps keep beside weights and moments, and --resume restores."""
+    weights = [args.balance ** g for g in reversed(range(len(args.widths)))]
+    return dict(
+        # [shared: state]
+        tokens_since_fired=torch.zeros(args.d_sae, dtype=torch.int64, device=device),
+        dead=torch.empty(0, dtype=torch.int64, device=device),        # indices of the dead latents
+        # [/shared: state]
+        widths=torch.tensor(args.widths, device=device),      # of the levels, [G]
+        weights=torch.tensor(weights, device=device),         # of their errors in the loss, [G]
+        n=None,                                               # k B, all processes, of this step
+    )
 
 # [shared: schedule]
 def default_lr(d_sae, steps):
@@ -292,23 +241,25 @@ def random_widths(step, args):
     inner = torch.multinomial(p, len(args.widths) - 1, generator=g) + 1
     return torch.tensor([*inner.sort().values, args.d_sae])
 
-def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
+def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
-    state["n"] = round(k_at(step, args) * args.batch_size)
+    sae.k = k_at(step, args)
+    state["n"] = round(sae.k * args.batch_size)
     if args.random_widths:
         state["widths"] = random_widths(step, args).to(x.device, non_blocking=True)
     # [shared: step]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, terms, fired = loss_fn(sae, x, state, args)
-    loss.backward()
+        total, terms, fired = loss_fn(sae, x, state, args)
+    total.backward()
     with torch.no_grad():
         group, W = opt.param_groups[0], sae.W_dec
-        for p, view in zip(sae.parameters(), group["params"]):
-            view.grad = data.all_reduce(data.rows(p.grad))
-        if sae.unit_norm:                                              # move along the sphere
+        for p, view in zip(sae.parameters(), group["params"]):     # Adam holds views: runs.adam
+            view.grad = runs.all_reduce(runs.rows(p.grad))         # shares its memory with p.grad
+        if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        opt.found_inf = data.all_reduce((~(norm + loss).isfinite()).float(), "max")   # 1: no update
+        bad = ~(norm + total).isfinite()                           # fused Adam reads found_inf,
+        opt.found_inf = runs.all_reduce(bad.float(), "max")        # and at 1 makes no update
         group["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
@@ -316,7 +267,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
         if sae.unit_norm:
             W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
         state["tokens_since_fired"] += args.batch_size
-        state["tokens_since_fired"].masked_fill_(data.all_reduce(fired, "sum") > 0, 0)
+        state["tokens_since_fired"].masked_fill_(runs.all_reduce(fired, "sum") > 0, 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     return terms
@@ -324,7 +275,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=loss_fn):
 def train(args):
     """Train as parse_args says, write the run directory; returns the SAE, for raw activations."""
     # [shared: start]
-    device = data.setup(args)
+    device = runs.setup(args)
     source = data.open_source(args, device)
     D, args.steps = source.d_in, args.tokens // args.batch_size
     args.d_sae = args.d_sae or 8 * D
@@ -336,55 +287,43 @@ def train(args):
     args.auxk, args.k_start, n = args.auxk or D // 2, args.k_start or args.k, args.d_sae
     args.widths = args.widths or sorted({max(1, n * i // 32) for i in (1, 3, 7, 15, 32)})
     if max(args.k, args.k_start) > n or min(args.k, args.k_start) * args.batch_size < 1:
-        data.fail(f"--k {args.k:g}, --k-start {args.k_start:g}: need to be at least one a batch, "
+        runs.fail(f"--k {args.k:g}, --k-start {args.k_start:g}: need to be at least one a batch, "
                   f"1 / --batch-size, and at most --d-sae, {n}")
     if args.widths != sorted(set(args.widths)) or args.widths[-1] != n:
-        data.fail(f"--widths {args.widths}: need to increase, and to end with --d-sae, {n}")
+        runs.fail(f"--widths {args.widths}: need to increase, and to end with --d-sae, {n}")
     args.widths = args.widths if args.balance else [n]
     if args.random_widths and len(args.widths) == 1:
-        data.fail("--random-widths: needs more than one level, and --balance above 0")
-    weights = [args.balance ** g for g in reversed(range(len(args.widths)))]
-    if data.rank() == 0:
+        runs.fail("--random-widths: needs more than one level, and --balance above 0")
+    if runs.rank() == 0:
+        weights = [args.balance ** g for g in reversed(range(len(args.widths)))]
         print(f"levels: widths {args.widths}, weights {weights}, whose sum is {sum(weights):g}")
+    variant = "matryoshka" if len(args.widths) > 1 else "batchtopk"
     sae = MatryoshkaSAE(D, n, args.k).to(device)
-    state = dict(widths=torch.tensor(args.widths, device=device),
-                 weights=torch.tensor([0.0, *weights], device=device))
-    data.run_dir(args, "matryoshka" if len(args.widths) > 1 else "batchtopk")
     # [shared: loop]
-    opt, first = data.adam(sae, args.lr, BETAS), 0
-    state["tokens_since_fired"] = torch.zeros(args.d_sae, dtype=torch.int64, device=device)
-    state["dead"] = torch.empty(0, dtype=torch.int64, device=device)         # indices
-    if args.resume:
-        first = data.load_state(args, source, sae, opt, state)
-    loss = torch.compile(loss_fn) if args.compile else loss_fn
-    log, bad = data.Log(args, first), torch.zeros((), device=device)
-    with data.stop_signal(device) as stop, log.bar:
-        for step in log.bar:
+    opt, state = runs.adam(sae, args.lr, BETAS), init_state(args, device)
+    loss_fn = dense_loss if args.dense else sparse_loss
+    loss_fn = torch.compile(loss_fn) if args.compile else loss_fn
+    with runs.Run(args, variant, source, sae, opt, state) as run:
+        for step in run.steps:                                # from 0, or where --resume goes on
             x = source.batch(step)
-            terms = train_step(sae, opt, x, state, step, args, loss)
-            bad, done, halt = bad + opt.found_inf, step + 1, False
-            if done % CHECK_EVERY == 0 or done == args.steps:           # the host waits here
+            terms = train_step(sae, opt, x, state, step, args, loss_fn)
+            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:       # the host waits
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
-                halt = bad.item() > 0 or stop() and done < args.steps
-            if done % args.log_every == 0 or done == args.steps:        # and here
-                log(done, x, terms, lr_at(step, args), len(state["dead"]) / args.d_sae)
-            if done % args.save_every == 0 or done == args.steps or halt:
-                data.save_state(args, source, sae, opt, state, done)
-            if halt:
-                log.halt(done, finite=bad.item() == 0)
+            run.end_step(step, x, terms, lr_at(step, args))   # logs, saves, stops at Ctrl-C
     # [/shared: loop]
-    x = source.heldout()
-    metrics = data.heldout_metrics(sae.set_threshold(x[::2]), x[1::2])
-    sae.load_state_dict(data.fold(sae.state_dict(), source))            # takes raw x from here on
-    data.save_sae(args, "jumprelu", sae.state_dict(), source, log, metrics)
+    sae.k, x = args.k, source.heldout()
+    metrics = runs.heldout_metrics(sae.set_threshold(x[::2]), x[1::2])
+    sae.load_state_dict(runs.fold(sae.state_dict(), source))            # takes raw x from here on
+    run.save_sae("jumprelu", sae.state_dict(), metrics)
     return sae
 
 def load(path):
-    """The SAE of a run directory; it takes raw activations."""
-    cfg, tensors = data.load_sae(path)
+    """The SAE of a run directory; it takes raw activations, and is in .eval()."""
+    cfg, tensors = runs.load_sae(path)
     sae = MatryoshkaSAE(cfg["d_in"], cfg["d_sae"], cfg["metadata"]["flags"]["k"])
     sae.load_state_dict(tensors)
     return sae.eval()
 
 if __name__ == "__main__":
-    train(parse_args())
+    with runs.one_line_errors():
+        train(parse_args())

@@ -29,6 +29,11 @@ from statistics import mean
 
 os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+
+from evaluation.metrics import alike
+from sources.toy import Toy
+from speed import machine
 
 BA, GBA = "gba --groups 1 --high {}", "gba --high {} --low {}"
 METHODS = {
@@ -56,7 +61,6 @@ METHODS = {
 
 def train(job):
     """(W_dec, largest activation of each latent, held-out metrics) of one run."""
-    import torch
     torch.set_num_threads(1)
     toy, (name, *flags), seed, steps = job
     m = importlib.import_module(name + "_sae")
@@ -64,7 +68,6 @@ def train(job):
     with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
         sae = m.train(m.parse_args([*argv.split(), *flags, "--out", tmp + "/run"]))
         meta = json.loads(Path(tmp, "run/cfg.json").read_text())["metadata"]
-    from toy import Toy
     x = Toy.preset(toy).sample(16384, torch.Generator().manual_seed(1))[0]
     with torch.no_grad():
         W = sae.tensors()["W_dec"] if name == "gba" else sae.W_dec.detach()
@@ -72,9 +75,6 @@ def train(job):
         return W, sae.encode(x).amax(0), dict(meta["results"], negative=negative)
 
 def row(toy, method, runs):
-    import torch
-    from metrics import alike
-    from toy import Toy
     features = Toy.preset(toy).features
     cosine = [features @ run[0].T for run in runs]
     score = lambda c, t: (c.amax(1) > t).float().mean().item()
@@ -110,7 +110,6 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     args = parser.parse_args()
-    from speed import machine
     lines = [f"{machine()}; float32, {args.steps} steps of 512 (where --tokens does not say otherwise), seeds "
              f"{args.seeds}, 512 latents where --d-sae does not say otherwise", ""]
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -21,6 +21,15 @@ from pathlib import Path
 os.environ.update(TQDM_DISABLE="1")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import data, peers, runs, topk_sae
+from evaluation import tables
+from evaluation.saved import SAE
+from speed import machine
+
 RESULTS = ROOT / "benchmarks/results/compare"
 
 STEERED = {16: "--target-l0 16", 32: "--target-l0 32", 64: "--target-l0 64"}
@@ -74,18 +83,15 @@ def tensors_of(library, variant, peer):
 
 def train_peer(name, out, steps=976):
     """Train one peer and write its run directory."""
-    import torch
-    import data, metrics, peers, topk_sae
-    from safetensors.torch import save_file
     library, variant, how = PEERS[name]
     B, seed = 2048, 0
     args = data.ArgumentParser(__doc__).parse_args(["--model", "smollm2", "--layer", "6"])
     names = list(vars(args))
     vars(args).update(batch_size=B, seed=seed, tokens=steps * B)
-    data.keep_freed_memory()
+    runs.keep_freed_memory()
     torch.set_float32_matmul_precision("medium")
     source = data.open_source(args, torch.device("cpu"))
-    flags = {name: value for name, value in data.flags(args).items() if name in names}
+    flags = {name: value for name, value in runs.flags(args).items() if name in names}
     D, F = source.d_in, 8 * source.d_in
     options = dict(l1=L1[library, variant]) if variant not in K_VARIANTS else {}
     if how == "tuned":
@@ -108,7 +114,7 @@ def train_peer(name, out, steps=976):
     architecture, tensors, extra = tensors_of(library, variant, peer)
     x = source.heldout()[:256]
     want = peer.encode(x) / source.scale
-    tensors = {n: t.detach().float().contiguous() for n, t in data.fold(tensors, source).items()}
+    tensors = {n: t.detach().float().contiguous() for n, t in runs.fold(tensors, source).items()}
     cfg = dict(extra, architecture=architecture, d_in=D, d_sae=F, dtype="float32", device="cpu",
                apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
                metadata=dict(source.meta, sae_lens_version="6.54.12", flags=flags,
@@ -119,9 +125,9 @@ def train_peer(name, out, steps=976):
     tmp.mkdir(parents=True)
     save_file(tensors, tmp / "sae_weights.safetensors")
     (tmp / "cfg.json").write_text(json.dumps(cfg, indent=1))
-    saved = metrics.SAE(tmp)
+    written = SAE(tmp)
     with torch.no_grad():
-        z = saved.encode(x / source.scale + source.mean)
+        z = written.encode(x / source.scale + source.mean)
     differ = (z - want).norm() / want.norm()
     print(f"saved codes differ from the library's by {differ:.1e} (relative), held-out L0 "
           f"{(z != 0).sum() / len(z):.1f}", flush=True)
@@ -151,7 +157,6 @@ def evaluate(args):
 
 def at_l0(rows, l0, value):
     """value of our runs at this L0: between neighbours, its logarithm is linear in that of L0."""
-    import numpy as np
     points = sorted((row["l0"], value(row)) for row in rows)
     x, y = np.log([p[0] for p in points]), np.log([p[1] for p in points])
     inside = x[0] - 0.02 <= np.log(l0) <= x[-1] + 0.02
@@ -163,8 +168,6 @@ def method(name):
 
 def report(args):
     """compare.md, compare.png, and the evaluation.json of every run, into RESULTS."""
-    import evaluate as ev
-    from speed import machine
     found = {n: args.runs / n / "evaluation.json" for n in [*OURS, *PEERS]}
     rows = {n: json.loads(path.read_text()) | dict(run=n) for n, path in found.items() if path.exists()}
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -189,10 +192,10 @@ def report(args):
     for name in sorted((n for n in rows if n in PEERS), key=lambda n: (list(METHODS).index(PEERS[n][1]), n)):
         r, la, variant = rows[name], rows[name]["language"], PEERS[name][1]
         own = [rows[n] for n in rows if n in OURS and method(n) == variant and n.endswith("s0")]
-        fvu, kl = (ev.number(at_l0(own, r["l0"], f)) for f in (lambda q: q["fvu"], lambda q: q["language"]["kl"]))
+        fvu, kl = (tables.number(at_l0(own, r["l0"], f)) for f in (lambda q: q["fvu"], lambda q: q["language"]["kl"]))
         lost = at_l0(own, r["l0"], lambda q: max(1e-9, 1 - q["language"]["recovered_mean"]))
         lines.append(f"| {method(name)} | {PEERS[name][2]} | {r['l0']:.2f} | {r['dead']:.2%} | {r['fvu']:.4f} | {fvu} | "
-                     f"{la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | {ev.number(1 - lost)} | "
+                     f"{la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | {tables.number(1 - lost)} | "
                      f"{la['kl']:.4f} | {kl} |")
     lines += ["", "**Agreement of three seeds** (L0 32): mean cosine of latents matched one to one, order; of the latents with the "
               "largest activations, how many have one of another seed at a cosine above", "",
@@ -201,12 +204,12 @@ def report(args):
         if "consistency" in rows[name] and name.endswith("32-s0"):
             r = rows[name]["consistency"]
             lines += [f"| {method(name)} | {r['matched_cosine']:.3f} | {r['order']:.3f} | {a['share']:.1%} | "
-                      + " | ".join(f"{a[t]:.3f}" for t in ev.ALIKE) + " |" for a in r["alike"]]
+                      + " | ".join(f"{a[t]:.3f}" for t in tables.ALIKE) + " |" for a in r["alike"]]
     if missing := [n for n in found if n not in rows]:
         lines += ["", f"Not run: {', '.join(missing)}."]
     (RESULTS.parent / "compare.md").write_text("\n".join(lines) + "\n")
     shown = [row | dict(variant=method(name)) for name, row in rows.items() if "default" not in name]
-    ev.plot([dict(data="", rows=shown)], RESULTS.parent / "compare.png")
+    tables.plot([dict(data="", rows=shown)], RESULTS.parent / "compare.png")
     print("\n".join(lines))
 
 def main():

@@ -27,6 +27,14 @@ from statistics import mean, stdev
 
 os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import spearmanr
+from torch.nn.functional import normalize
+
+from sources.toy import Toy
+from speed import machine
+
 TOY = "zipf:10"
 METHODS = {
     "L1": ("vanilla", "--target-l0 5"),
@@ -57,9 +65,6 @@ METHODS = {
 def matched(a, b):
     """Of rows a and b: mean matched cosine; Spearman correlation of the matched indices, all, and those
     of the first 10 and the first 25 rows of b."""
-    from scipy.optimize import linear_sum_assignment
-    from scipy.stats import spearmanr
-    from torch.nn.functional import normalize
     cosine = (normalize(a, dim=1) @ normalize(b, dim=1).T).numpy()
     i, j = linear_sum_assignment(-cosine)
     orders = [float(spearmanr(i[j < n], j[j < n]).statistic) for n in (len(b), 10, 25)]
@@ -67,7 +72,6 @@ def matched(a, b):
 
 def train(job):
     """(W_dec at the end, at the start, held-out metrics) of one run."""
-    import torch
     torch.set_num_threads(1)
     (script, flags), seed, steps = job
     m = importlib.import_module(script + "_sae")
@@ -99,8 +103,6 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
     parser.add_argument("--out", type=Path, help="also write the table there")
     args = parser.parse_args()
-    from speed import machine
-    from toy import Toy
     truth = Toy.preset(TOY).features
     lines = [f"{machine()}; float32, {args.steps} steps of 512, seeds {args.seeds}", "",
              "| | stability | between seeds | order | between seeds | first 10 | first 25 | L0 | FVU | dead | "

@@ -14,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from othello import steer as steering
+from speed import machine
+
 RESULTS = ROOT / "benchmarks/results"
 
 STEERED = {32: "--target-l0 32", 64: "--target-l0 64"}
@@ -66,13 +69,11 @@ def evaluate(args):
     steer(args)
 
 def steer(args):
-    from othello import steer
     of_layer = ["topk-32-s0" if layer == 6 else f"layer-{layer}" for layer in LAYERS]
-    results = {name: steer.steer(*steer.load(args.runs / name, steer.parse_args([name]))) for name in of_layer}
+    results = {name: steering.steer(*steering.load(args.runs / name, steering.parse_args([name]))) for name in of_layer}
     write(steering=results)
 
 def write(**part):
-    from speed import machine
     path = RESULTS / "othello.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(found | part | dict(machine=machine()), indent=1) + "\n")

@@ -20,7 +20,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 os.environ.update(TQDM_DISABLE="1", WANDB_MODE="disabled", HF_HUB_OFFLINE="1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+
+import runs
 
 SHARES = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32   # of F in each level, as in Bussmann et al.'s main run
 K_VARIANTS = "topk", "batchtopk", "matryoshka", "ordered"
@@ -82,7 +85,6 @@ class Peer:
 class Ours(Peer):
     """The variant's script: its train_step, as its train() calls it."""
     def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, dead=0.0, flags=()):
-        sys.path.insert(0, str(Path(__file__).parents[1]))
         script, cls = {"topk": ("topk_sae", "TopKSAE"), "vanilla": ("vanilla_sae", "VanillaSAE"),
                        "gated": ("gated_sae", "GatedSAE"), "ordered": ("ordered_sae", "OrderedSAE"),
                        "gba": ("gba_sae", "GBASAE")
@@ -96,24 +98,18 @@ class Ours(Peer):
         args.dead_after = max(1, steps * batch // 100)
         torch.manual_seed(seed)
         self.sae = getattr(m, cls)(*([d, F, k] if variant in K_VARIANTS else [d, F]))
-        self.opt, self.i, self.forced = m.data.adam(self.sae, args.lr, m.BETAS), 0, dead > 0
-        since = torch.zeros(F, dtype=torch.int64)
-        self.state = dict(tokens_since_fired=since, dead=since.nonzero()[:, 0])
-        if dead:
-            self.state["dead"] = torch.arange(F)[:: round(1 / dead)]
         if variant in K_VARIANTS:                                         # as in its train()
             args.k_start = getattr(args, "k_start", None) or (min(8 * k, F) if variant == "ordered" else k)
         if variant in ("batchtopk", "matryoshka"):
             args.widths = widths(F) if variant == "matryoshka" else [F]
-            self.state.update(widths=torch.tensor(args.widths),
-                              weights=torch.tensor([0.0] + [1.0] * len(args.widths)))
-        if variant == "ordered":
-            self.state["survival"] = m.survival(args).float()
         if variant == "gba":
-            self.state.update(m.start(args, "cpu"))
+            m.rule_defaults(args)
         elif variant not in K_VARIANTS:
             args.l1_warmup = args.l1_warmup or max(1, steps // 20)
-            self.state.update(l1=torch.tensor(args.l1), active=torch.inf)
+        self.state = m.init_state(args, "cpu")
+        self.opt, self.i, self.forced = runs.adam(self.sae, args.lr, m.BETAS), 0, dead > 0
+        if dead:
+            self.state["dead"] = torch.arange(F)[:: round(1 / dead)]
 
     def plant(self, W, bias):
         super().plant(W, bias)
@@ -122,7 +118,7 @@ class Ours(Peer):
     def step(self, x):
         self.m.train_step(self.sae, self.opt, x, self.state, self.i, self.args)
         self.i += 1
-        if self.i % self.m.CHECK_EVERY == 0 and not self.forced:
+        if self.i % runs.CHECK_EVERY == 0 and not self.forced:
             since = self.state["tokens_since_fired"]
             self.state["dead"] = (since > self.args.dead_after).nonzero()[:, 0]
 

@@ -31,6 +31,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from scipy.optimize import linear_sum_assignment
+
+import peers, runs
+from sources.toy import ToySource
+from speed import machine
+
 TASKS = {"flat": (64, 256, 5), "song": (16, 32, 3)}                              # D, F, k
 STEPS, BATCH, SEEDS = 3000, 1024, (0, 1, 2)
 LRS = (None, 3e-3, 1e-2)
@@ -41,14 +48,10 @@ ROWS = [("ours", {}), ("sae-lens", {}), ("dictionary-learning", {}), ("sparsify"
 
 def measure(name, options, task, lr, seed, variant="topk"):
     """Train and score one run; in a fresh process."""
-    import torch
-    from scipy.optimize import linear_sum_assignment
-    import data
-    import peers
     torch.set_num_threads(1)
     d, F, k = TASKS[task]
     args = types.SimpleNamespace(toy=f"{task}:{seed}", seed=seed, batch_size=BATCH)
-    source = data.ToySource(args, torch.device("cpu"))
+    source = ToySource(args, torch.device("cpu"))
     unit = lambda W: torch.nn.functional.normalize(W.float(), dim=1)
     def mcc(W):
         cosine = (unit(source.truth.features) @ unit(W).T).nan_to_num().numpy()
@@ -63,7 +66,7 @@ def measure(name, options, task, lr, seed, variant="topk"):
     if name == "ours" and hasattr(sae.sae, "set_threshold"):
         sae.sae.set_threshold(x[::2])
         x = x[1::2]
-    metrics = data.heldout_metrics(sae, x)
+    metrics = runs.heldout_metrics(sae, x)
     chance = mcc(torch.randn(F, d, generator=torch.Generator().manual_seed(seed + 100)))[0]
     return dict(mcc=score, above=above, chance=chance, **metrics)
 
@@ -101,7 +104,6 @@ HEAD = ["| | lr | MCC, mean | MCC by seed | share > .95 | L0 | FVU | dead, worst
         "|---|--:|--:|---|--:|--:|--:|--:|"]
 
 def compare(variant, only, tasks, lrs, seeds):
-    import peers
     rows = [row for row in ROWS if row[0] in only and row[0] in peers.VARIANTS[variant]]
     if variant == "gba":                      # whose one group has a target just above the frequency, 5 / 256
         rows.append(("ours", {"flags": ["--groups", "1", "--high", "0.03"]}))
@@ -134,7 +136,6 @@ def score(results):
 
 def matched(variant, seeds, lrs, l1s):
     """Peers over their coefficients and rates; ours at the L0 of each one's best."""
-    import peers
     names = [name for name in peers.VARIANTS[variant] if name != "ours"]
     job = lambda name, options, lr, seed: dict(name=name, options=options, task="flat", lr=lr,
                                                seed=seed, variant=variant)
@@ -194,7 +195,6 @@ def main():
         global KEEP
         KEEP = args.runs
         DONE.update(map(json.loads, open(KEEP)) if KEEP.exists() else ())
-    from speed import machine
     lines = [f"{machine()}; float32, {STEPS} steps of {BATCH}, seeds {args.seeds}", ""]
     if args.variant in ("vanilla", "gated"):
         lines += matched(args.variant, args.seeds, args.lrs or L1_LRS, args.l1s)

@@ -13,12 +13,14 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import numpy as np
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-import data, metrics
+import data, peers
+from evaluation import saved
+from sources.toy import Toy
 
 def check(path):
-    ours, theirs = metrics.SAE(path), SAE.load_from_disk(path)
+    ours, theirs = saved.SAE(path), SAE.load_from_disk(path)
     args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations") and v else v
                                  for k, v in ours.flags.items()})
     source = data.open_source(args, torch.device("cpu"))
@@ -45,9 +47,6 @@ def scores(path, x):
     return dict(l0=z.bool().float().sum(-1).mean().item(), fvu=(error.mean() / total.mean()).item())
 
 def fixtures(out):
-    import peers
-    from sae_lens import StandardSAE, StandardSAEConfig
-    from toy import Toy
     out.mkdir(parents=True, exist_ok=True)
     toy = Toy.preset("song")
     X = toy.sample(2000, torch.Generator().manual_seed(0))[0].half() + 1

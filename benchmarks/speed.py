@@ -25,7 +25,7 @@ is the median over all turns. Precision settings, the same for all:
 
 The first rows have no dead latents, as the step mostly is; in the others 5 % of the latents count
 as dead at every step, which puts AuxK to work (overcomplete's loop has none). Ours sets glibc's
-allocator when it starts (data.keep_freed_memory); --same-allocator does so for all. Memory is the
+allocator when it starts (runs.keep_freed_memory); --same-allocator does so for all. Memory is the
 peak resident set during the steps above what the process held before the first one, weights
 included in neither; the least of the turns.
 
@@ -44,6 +44,10 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+
+import peers, runs, sparse
+
 
 SHAPES = {"small": (512, 4096, 32, 2048), "large": (768, 12288, 32, 4096)}        # D, F, k, B
 PRECISIONS = ("fp32", "fp32-onednn", "bf16")
@@ -66,12 +70,9 @@ def memory(field):
 
 def measure(name, variant, options, shape, precision, n, same_allocator):
     """CPU seconds of n steps after two more, and peak memory in MB; runs in a fresh process."""
-    import torch
-    import peers
-    import data
     torch.set_num_threads(1)
     if name == "ours" or same_allocator:
-        data.keep_freed_memory()
+        runs.keep_freed_memory()
     torch.set_float32_matmul_precision("medium" if precision == "fp32-onednn" else "highest")
     d, F, k, B = SHAPES[shape]
     torch.manual_seed(0)
@@ -89,7 +90,9 @@ def measure(name, variant, options, shape, precision, n, same_allocator):
     l0 = None if planted is None else (sae.encode(batches[0][:512]) > 0).sum().item() / 512
     before, times, update = memory("VmRSS"), [], []
     if variant == "gba":
-        sae.m.peaks, sae.m.track = timed(sae.m.peaks, update), timed(sae.m.track, update)
+        sae.m.track = timed(sae.m.track, update)
+        for form in (sparse.Active, sparse.Dense):
+            form.t_max = timed(form.t_max, update)
     for i in range(n + 2):
         start = time.process_time()
         sae.step(batches[i % 4])
@@ -116,7 +119,6 @@ def machine():
         cpu = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if "model name" in l)
     except (OSError, StopIteration):
         cpu = platform.processor()
-    import torch
     return (f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, "
             f"Python {platform.python_version()}, {datetime.date.today()}, commit {commit()}")
 

@@ -29,13 +29,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-import lm
-from othello import game
+import runs
+from othello import game, train
+from sources import lm
 
 THRESHOLDS = [t / 10 for t in range(10)]
 PRECISION, TRUE_POSITIVES = 0.95, 10
@@ -95,7 +96,7 @@ class HeldOut:
         boards, T = np.load(source.folder / "boards.npy"), ids.shape[1]
         games, self.game = np.unique(where // T, return_inverse=True)
         if len(games) < 2:
-            data.fail(f"--cache-tokens: {len(games)} held-out games, too few to choose classifiers "
+            runs.fail(f"--cache-tokens: {len(games)} held-out games, too few to choose classifiers "
                       f"on one half and judge them on the other; use at least {100 * T}")
         self.place, self.ids, self.after = where % T, ids[games], boards[games]
         self.boards = self.after[self.game, self.place]                      # uint64 [M, 3]
@@ -120,7 +121,7 @@ class Probe:
         schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 1e-3, steps)
         for _ in range(steps):
             rows = torch.randint(n, (batch,), generator=generator).to(x.device)
-            loss = F.cross_entropy(self.logits(x[rows]).flatten(0, 1), label[rows].flatten())
+            loss = cross_entropy(self.logits(x[rows]).flatten(0, 1), label[rows].flatten())
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -144,7 +145,7 @@ class Probe:
     def direction(self, square):
         """Unit vector [D] from mine to yours on a square."""
         W = self.W.unflatten(1, (64, 3))[:, square]
-        return F.normalize(W[:, 1] - W[:, 0], dim=0)
+        return normalize(W[:, 1] - W[:, 0], dim=0)
 
 def accuracy(p, held, rows=slice(None)):
     """Share of squares of which a probe's p [M, 64, 3] says rightly mine, yours or empty."""
@@ -227,14 +228,12 @@ def describe(sae, x, latents, source):
     return texts
 
 def main(argv=None):
-    import evaluate
-    from othello import train
     args = data.ArgumentParser(__doc__).parse_args(argv)
     args.model = args.model or "othello"
     if not lm.is_othello(args.model) or args.activations:
-        data.fail("--model: use othello, othello-untrained or a folder that othello/train.py "
+        runs.fail("--model: use othello, othello-untrained or a folder that othello/train.py "
                   "wrote; without --activations")
-    device = evaluate.open_device("cpu")
+    device = runs.open_device("cpu")
     args.batch_size, args.seed, args.tokens = 1, 0, 0
     source = data.open_source(args, device)
     model, _, _ = lm.load(lm.model_dir(args.model, args.cache_dir), args.model, device,
@@ -247,4 +246,5 @@ def main(argv=None):
           f"53: {accuracy(p, held, middle):.2%}")
 
 if __name__ == "__main__":
-    main()
+    with runs.one_line_errors():
+        main()

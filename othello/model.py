@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import nn
 
-import data
+import runs
 from othello import game
 
 VERSION = b"1"              # to be raised when the same weights or games come to mean another thing
@@ -83,7 +83,7 @@ def folder(name="othello", cache=None):
     path = cache / f"othello-untrained-{WIDTH}"
     if not (path / "weights.safetensors").exists():
         with torch.random.fork_rng(), \
-             data.replacing(path / "weights.safetensors", "--cache-dir") as tmp:
+             runs.replacing(path / "weights.safetensors", "--cache-dir") as tmp:
             torch.manual_seed(0)
             tmp.write_bytes(save(GPT().state_dict()))
     return path

@@ -28,11 +28,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-import evaluate
-import lm
-import metrics
+import runs
+from evaluation.saved import SAE, data_flags, open_data
+from evaluation.tables import print_table
 from othello import game
 from othello.boards import HeldOut, Probe, codes, measure
+from sources import lm
 
 STRENGTHS = 0.25, 0.5, 1, 2, 4, 8, 16
 PLACES = 8, 54                                # positions where a board is edited: from, and below
@@ -76,7 +77,7 @@ def steer(sae, source, model, layer):
     game_of = ((place >= 0) & known.cpu().numpy()).nonzero()[0]
     first = torch.from_numpy(game_of < len(held.ids) // 2).to(device)
     if min(first.sum(), (~first).sum()) < 2:
-        data.fail(f"{sae.path}: in too few held-out games is there a board to edit; train with "
+        runs.fail(f"{sae.path}: in too few held-out games is there a board to edit; train with "
                   "more --cache-tokens")
     new, a, b = new[game_of], a[game_of], b[game_of]
     # What b has where its property holds, and it fires, on the first half.
@@ -116,7 +117,7 @@ def steer(sae, source, model, layer):
     return results, int((~first).sum())
 
 def table(results):
-    """(title, note, header, rows) of {run: what steer gives}, as evaluate.print_table takes it."""
+    """(title, note, header, rows) of {run: what steer gives}, as tables.print_table takes it."""
     pm = lambda r, k, form: f"{r[k]:{form}} ± {r[k + '_se']:{form}}"
     cells = [[run, str(n), way, f"{r['strength']:g}", f"{r['errors']:.2f}",
               pm(r, "fewer", ".2f"), pm(r, "right", ".1%")]
@@ -126,18 +127,18 @@ def table(results):
 
 def load(path, args):
     """(sae, source, model, layer) of a run of --model othello."""
-    sae = metrics.SAE(path)
-    key = evaluate.data_flags(sae, args, None)
+    sae = SAE(path)
+    key = data_flags(sae, args, None)
     name, layer = json.loads(key)["model"], json.loads(key)["layer"]
     if not lm.is_othello(name) or json.loads(key)["activations"]:
-        data.fail(f"{path}: a run on other data; steering needs one of --model othello")
-    source = evaluate.open_data(key, [sae], args)
+        runs.fail(f"{path}: a run on other data; steering needs one of --model othello")
+    source = open_data(key, [sae], args)
     if sae.d_in != source.d_in or sae.norm != "none" or any(
             sae.meta.get(k, source.meta[k]) != source.meta[k] for k in ("model_hash", "hook_name")):
-        data.fail(f"{path}: trained on another model or layer than {name}, layer {layer}, or takes "
+        runs.fail(f"{path}: trained on another model or layer than {name}, layer {layer}, or takes "
                   "normalised inputs; name what it was trained on")
     if source.meta["context_size"] < PLACES[1]:
-        data.fail(f"{path}: trained with --context {source.meta['context_size']}; steering needs "
+        runs.fail(f"{path}: trained with --context {source.meta['context_size']}; steering needs "
                   f"at least {PLACES[1]}")
     model, _, _ = lm.load(lm.model_dir(name, source.flags.cache_dir), name, source.device,
                           torch.float32)
@@ -148,14 +149,15 @@ def parse_args(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
-    args.torch_device = evaluate.open_device(args.device)
+    args.torch_device = runs.open_device(args.device)
     return args
 
 def main(argv=None):
     args = parse_args(argv)
     loaded = {str(path): load(path, args) for path in args.runs}             # refuses all at once
     results = {path: steer(*what) for path, what in loaded.items()}
-    evaluate.print_table(*table(results))
+    print_table(*table(results))
 
 if __name__ == "__main__":
-    main()
+    with runs.one_line_errors():
+        main()

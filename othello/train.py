@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data
+import runs
 from othello import game
 from othello.model import CONTEXT, GPT, load
 
@@ -67,11 +67,11 @@ def measure(model, games, *key):
 def train(args):
     """Train, or go on from --out/state.pt: the model, and whether it is finished (not stopped)."""
     if args.games < args.batch_size:
-        data.fail(f"--games {args.games}: fewer than one --batch-size, {args.batch_size}")
+        runs.fail(f"--games {args.games}: fewer than one --batch-size, {args.batch_size}")
     if not hasattr(torch.optim, "Muon"):
-        data.fail(f"torch {torch.__version__} has no torch.optim.Muon; install 2.9 or newer")
-    if args.compile and not any(map(shutil.which, data.COMPILERS)):
-        data.fail("--compile: needs a C++ compiler; install g++ or clang++, or leave it out")
+        runs.fail(f"torch {torch.__version__} has no torch.optim.Muon; install 2.9 or newer")
+    if args.compile and not any(map(shutil.which, runs.COMPILERS)):
+        runs.fail("--compile: needs a C++ compiler; install g++ or clang++, or leave it out")
     torch.manual_seed(args.seed)
     model = GPT()
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -84,7 +84,7 @@ def train(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        data.fail(f"--out {args.out}: {err.strerror}; choose another")
+        runs.fail(f"--out {args.out}: {err.strerror}; choose another")
     step, spent, state = 0, 0.0, args.out / "state.pt"
     if state.exists():
         try:
@@ -96,16 +96,16 @@ def train(args):
             for opt, old in zip(opts, saved["opts"]):
                 opt.load_state_dict(old)
         except Exception as err:
-            data.fail(f"--out: cannot go on from {state} ({data.first_line(err)}); delete it, or "
+            runs.fail(f"--out: cannot go on from {state} ({runs.first_line(err)}); delete it, or "
                       "choose another --out")
         print(f"goes on after {step * args.batch_size:,} games, {spent / 60:.1f} min", flush=True)
     steps, began = args.games // args.batch_size, time.perf_counter() - spent
     def save_state():
-        with data.replacing(state, "--out") as tmp:
+        with runs.replacing(state, "--out") as tmp:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts],
                             step=step, run=[args.seed, args.batch_size],
                             seconds=time.perf_counter() - began), tmp)
-    with data.stop_signal(torch.device("cpu")) as stop:
+    with runs.stop_signal(torch.device("cpu")) as stop:
         bar, saved_at = tqdm(initial=step, total=steps, desc="train", disable=None), spent
         while True:
             spent = time.perf_counter() - began
@@ -136,14 +136,12 @@ def train(args):
     return model, done >= 1
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: data.fail(f"{message} (--help lists the flags)")
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--games", type=data.count, default=1_600_000, help="to train on; default 1.6e6")
-    add("--minutes", type=data.at_least(0.01, float), help="stop then, if --games take longer")
-    add("--batch-size", type=data.count, default=64, help="games a step; default 64")
-    add("--seed", type=data.at_least(0), default=0, help="of weights and games; default 0")
+    add("--games", type=runs.count, default=1_600_000, help="to train on; default 1.6e6")
+    add("--minutes", type=runs.at_least(0.01, float), help="stop then, if --games take longer")
+    add("--batch-size", type=runs.count, default=64, help="games a step; default 64")
+    add("--seed", type=runs.at_least(0), default=0, help="of weights and games; default 0")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 matmuls; default")
     add("--compile", action="store_true", help="torch.compile the blocks; needs a C++ compiler")
     add("--out", type=Path, required=True, help="folder of weights.safetensors and state.pt")
@@ -155,11 +153,12 @@ def main(argv=None):
     if not finished:
         print(f"stopped; the same command goes on from {args.out / 'state.pt'}", flush=True)
         raise SystemExit(130)
-    with data.replacing(args.out / "weights.safetensors", "--out") as tmp:
+    with runs.replacing(args.out / "weights.safetensors", "--out") as tmp:
         tmp.write_bytes(save({name: t.half() for name, t in model.state_dict().items()}))
     model = load(args.out)                                                   # what was saved
     rate, ce, least = measure(model, 2000, args.seed, 10 ** 9 + 1)
     print(f"2,000 new games: legal {rate:.3%}, cross-entropy {ce:.4f} (least {least:.4f})")
 
 if __name__ == "__main__":
-    main()
+    with runs.one_line_errors():
+        main()

@@ -19,7 +19,12 @@ import claims
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+import runs
+from sources.toy import Toy
+
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"                 # pytest -n 2: one core for each worker
 os.environ["HF_HUB_OFFLINE"] = "1"                  # nothing here may need the network
 
 def mcc(truth, learned):
@@ -32,7 +37,6 @@ def mcc(truth, learned):
 def trained(script, toy, seed, *flags):
     """(SAE, held-out metrics) of a run on toy:seed, or on toy if that has a seed; 1000 steps of 512,
     in float32, as many latents as features, everything else default, unless flags say otherwise."""
-    from toy import Toy
     toy = toy if ":" in toy else f"{toy}:{seed}"
     argv = ["--model", "toy", "--toy", toy, "--seed", seed, "--d-sae", Toy.preset(toy).n, "--tokens",
             1000 * 512, "--batch-size", 512, "--no-bf16", "--log-every", 1000, *flags]
@@ -51,7 +55,7 @@ def one_line(capsys):
     """Call a function that must refuse its input: exit code 2 and one line holding these words."""
     def check(function, *words):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as stop, runs.one_line_errors():
             function()
         lines = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2
@@ -63,7 +67,6 @@ def one_line(capsys):
 @pytest.fixture(scope="session")
 def array(tmp_path_factory):
     """20,000 samples of the toy 'song', moved and stretched: a user's array. -> (path, Toy)."""
-    from toy import Toy
     toy = Toy.preset("song:5")
     x = toy.sample(20_000, torch.Generator().manual_seed(0))[0] * 7 + 30
     path = tmp_path_factory.mktemp("array") / "X.npy"

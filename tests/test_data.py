@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import data
-import lm
+import runs
+from sources import lm
+from sources import toy as toys
 from conftest import ROOT, run_script
 from topk_sae import parse_args, train
 
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 
 def source_of(*argv):
     args = parse_args([str(a) for a in argv])
-    return data.open_source(args, data.setup(args))
+    return data.open_source(args, runs.setup(args))
 
 # --- arrays ---------------------------------------------------------------------------------------
 
@@ -73,7 +75,7 @@ def test_memory_is_bounded_by_the_buffer_not_the_array(tmp_path):
     """Reading an array three times as large, 0.9 GB, takes at most 100 MB more memory."""
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, topk_sae\n"
               "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '65536'])\n"
-              "source = data.open_source(args, data.setup(args))\n"
+              "source = data.open_source(args, runs.setup(args))\n"
               "for step in range(source.per_epoch): source.batch(step)\n"
               "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))")
     peaks = []
@@ -101,7 +103,7 @@ def test_toy_source_is_pure_and_slices_add_up(monkeypatch):
     for r in range(4):
         monkeypatch.setenv("RANK", str(r))
         args = parse_args(["--model", "toy", "--batch-size", "64"])
-        parts.append(data.ToySource(args, CPU).batch(5))
+        parts.append(toys.ToySource(args, CPU).batch(5))
     assert torch.equal(torch.cat(parts), x)
 
 # --- language models ------------------------------------------------------------------------------
@@ -402,7 +404,7 @@ def test_refuses_to_touch_another_run(array, tmp_path, one_line):
     one_line(lambda: call("--resume"), "--resume", "data", "changed")
     (tmp_path / "run/state.pt").write_bytes(b"x" * 100)
     one_line(lambda: call("--resume"), "--resume", "damaged")
-    one_line(lambda: data.load_sae(tmp_path / "nothing"), "no saved SAE")
+    one_line(lambda: runs.load_sae(tmp_path / "nothing"), "no saved SAE")
 
 def test_default_run_directories_are_numbered(array, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -411,7 +413,7 @@ def test_default_run_directories_are_numbered(array, tmp_path, monkeypatch):
         train(parse_args(argv))
     assert sorted(p.name for p in Path("runs").iterdir()) == ["topk-X", "topk-X-2", "topk-X-3"]
     args = parse_args([*argv, "--resume"])
-    data.run_dir(args, "topk")
+    runs.run_dir(args, "topk")
     assert args.out == Path("runs/topk-X-3")
 
 def limited(n):

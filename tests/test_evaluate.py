@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import data
 import evaluate
-import lm
-import metrics
+import runs
+from evaluation import latents, metrics, saved
+from sources import lm
+from sources import toy as toys
 from conftest import ROOT, run_script
 from test_runs import VARIANTS, run, script, toy_flags
-from toy import Toy
+from sources.toy import Toy
 
 SAELENS = ROOT / "tests/saelens"                   # made by benchmarks/saelens_check.py --fixtures
 
@@ -40,7 +41,7 @@ def save(path, W_enc, W_dec, b_enc=None, b_dec=None, threshold=None, flags=None)
 def random_sae(tmp_path):
     g = torch.Generator().manual_seed(0)
     D, N = 12, 40
-    return metrics.SAE(save(tmp_path / "random", torch.randn(D, N, generator=g) / 3,
+    return saved.SAE(save(tmp_path / "random", torch.randn(D, N, generator=g) / 3,
                             torch.randn(N, D, generator=g) / 3, torch.randn(N, generator=g) - 2,
                             torch.randn(D, generator=g)))
 
@@ -174,7 +175,7 @@ def test_consistency_by_hand():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reads_every_script_as_it_reads_itself(variant, tmp_path):
     run(variant, *toy_flags(variant), "--out", tmp_path / "run")
-    ours, theirs = metrics.SAE(tmp_path / "run"), script(variant).load(tmp_path / "run")
+    ours, theirs = saved.SAE(tmp_path / "run"), script(variant).load(tmp_path / "run")
     x = Toy.preset("song").sample(400, torch.Generator().manual_seed(9))[0]
     with torch.no_grad():
         z, x_hat = ours.both(x)
@@ -198,8 +199,8 @@ def test_scores_saelens_directories_as_saelens_does(name, tmp_path):
 
 def toy_scores(W_enc, W_dec, path, name, b_dec=None):
     """The row of an SAE on a toy whose features are 0 or near 1."""
-    source = data.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
-    sae = metrics.SAE(save(path, W_enc, W_dec, b_dec=b_dec, threshold=1e-3))
+    source = toys.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
+    sae = saved.SAE(save(path, W_enc, W_dec, b_dec=b_dec, threshold=1e-3))
     x = source.heldout_raw()
     row, _ = evaluate.measure(sae, x, x.double().mean(0), source)
     return row
@@ -216,7 +217,7 @@ def test_perfect_and_useless_saes_on_a_toy(tmp_path):
     assert truth["absorbed"] == truth["absorbed_alone"] == 0 and truth["hedging"] is None
     assert truth["chance"]["mcc"] < 0.4 and truth["chance"]["f1"] < 0.8
     assert abs(truth["true_l0"] - row["l0"]) < 0.02
-    source = data.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
+    source = toys.ToySource(Namespace(toy=name, seed=0, batch_size=1), torch.device("cpu"))
     mean = (source.heldout() / source.scale + source.mean).mean(0)
     zero = toy_scores(V.T * 0, V, tmp_path / "zero", name, b_dec=mean)
     assert abs(zero["fvu"] - 1) < 1e-5 and zero["l0"] == 0 and zero["dead"] == 1
@@ -242,7 +243,7 @@ def lm_run(tiny_lm, text, tmp_path_factory):
     return flags, tmp
 
 def evaluate_lm(*argv):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, runs.one_line_errors():
         evaluate.main([str(a) for a in argv])
     return stop.value.code
 
@@ -324,7 +325,7 @@ def test_contexts_and_values_of_a_latent(lm_run, capsys):
     assert evaluate_lm(path, "--contexts", 0, "--features", "3,7") == 0
     out = capsys.readouterr().out
     assert f"{path}, latent 3: fires on" in out and f"{path}, latent 7" in out and "raises [" in out
-    sae = metrics.SAE(path)
+    sae = saved.SAE(path)
     args = evaluate.parse_args([str(path)])
     args.torch_device = torch.device("cpu")
     source = evaluate.open_data(evaluate.data_flags(sae, args, None), [sae], args)
@@ -339,8 +340,8 @@ def test_contexts_and_values_of_a_latent(lm_run, capsys):
     assert abs(found["rate"] - (best > 0).float().mean().item()) < 1e-6
     row = best.argmax().item()
     c, at = divmod(int(where[row]), 16)
-    lo = max(0, at - evaluate.WINDOW[0])
-    window = ids[c, lo:at + evaluate.WINDOW[1] + 1]
+    lo = max(0, at - latents.WINDOW[0])
+    window = ids[c, lo:at + latents.WINDOW[1] + 1]
     assert found["contexts"][0]["tokens"] == [tokenizer.decode([i]) for i in window]
     h = lm.residual_stream(model, blocks[2], ids[c:c + 1])[0]
     for t, value in zip(range(lo, 16), found["contexts"][0]["values"]):
@@ -404,7 +405,7 @@ def test_bad_runs_cost_one_line_each_and_the_others_are_measured(random_sae, tmp
     cfg.write_text(cfg.read_text().replace('"song"', '5'))
     cfg = copy("odd-metadata") / "cfg.json"
     cfg.write_text(cfg.read_text().replace('"metadata": {', '"metadata": "x", "other": {'))
-    save_file(data.load_sae(good)[1] | dict(scaling_factor=torch.full((16,), 2.0)),
+    save_file(runs.load_sae(good)[1] | dict(scaling_factor=torch.full((16,), 2.0)),
               copy("extra") / "sae_weights.safetensors")
     save(tmp_path / "nan", torch.eye(16) * float("nan"), torch.eye(16), flags=dict(model="toy", toy="song"))
     save(tmp_path / "narrow", torch.eye(12), torch.eye(12), flags=dict(model="toy", toy="song"))

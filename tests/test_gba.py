@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import gba_sae
-from gba_sae import GBASAE, adapt, loss_fn, start, train_step
-from toy import Toy
+import runs
+import sparse
+from gba_sae import GBASAE, adapt, init_state, rule_defaults, sparse_loss, train_step
+from sources.toy import Toy
 
 # --- the loss -------------------------------------------------------------------------------------
 
@@ -45,7 +46,7 @@ def test_loss_and_gradients_equal_an_explicit_loop(relu, train_b_dec, sparse, ro
     """Dense, sparse, and sparse with a fixed number of entries (as on a GPU): value, the gradient of
     every parameter (the tied rows get one from the encoder and one from the decoder), counts, peaks."""
     sae, x = random_case(relu, train_b_dec)
-    loss, terms, fired = loss_fn(sae, x, dict(sparse=sparse, room=room), None)
+    loss, terms, fired = sparse_loss(sae, x, dict(sparse=sparse, room=room), None)
     loss.backward()
     got = {n: q.grad.clone() for n, q in sae.named_parameters()}
     sae.zero_grad()
@@ -62,7 +63,7 @@ def test_loss_and_gradients_equal_an_explicit_loop(relu, train_b_dec, sparse, ro
 
 def test_a_batch_that_outgrows_its_room_has_no_gradient():
     sae, x = random_case(False)
-    loss, *_ = loss_fn(sae, x, dict(sparse=True, room=50), None)
+    loss, *_ = sparse_loss(sae, x, dict(sparse=True, room=50), None)
     loss.backward()
     assert loss == 0 and all((q.grad == 0).all() for q in sae.parameters())
 
@@ -107,7 +108,7 @@ def test_algorithm_2_on_random_statistics(seed):
     x, W = F.normalize(draw(200, 6), dim=1), F.normalize(draw(45, 6), dim=1)
     args = Namespace(groups=4, d_sae=45, high=0.3, low=0.01, gamma_down=0.9, gamma_up=0.25)
     args.batch_size, args.steps, args.bias_every = 1, 1, 1
-    state = start(args, "cpu")
+    state = init_state(args, "cpu")
     p, group = state["target"], state["group"]
     b = -1.2 * torch.rand(45, generator=g, dtype=torch.float64).clamp(max=1 / 1.2)
     b[group == 2] = -1.0
@@ -149,7 +150,7 @@ def test_step_down_never_passes_the_largest_input():
 def test_targets_fall_geometrically(groups, high, low, d_sae):
     args = gba_sae.parse_args(f"--groups {groups} --high {high} --low {low} --d-sae {d_sae}".split())
     args.steps = 976
-    state = start(args, "cpu")
+    state = init_state(args, "cpu")
     assert state["target"].tolist() == pytest.approx([high * (low / high) ** (k / (groups - 1)) if k else high
                                                       for k in range(groups)])
     size, group = state["size"], state["group"]
@@ -161,7 +162,7 @@ def test_defaults_follow_the_length(tokens, low, every, gamma):
     """An update when the lowest target means ten firings, but at least 100 updates; 8 gammas in all."""
     args = gba_sae.parse_args(["--low", str(low), "--high", "0.1", "--d-sae", "100", "--gamma-up", "0"])
     args.steps = int(tokens) // args.batch_size
-    start(args, "cpu")
+    rule_defaults(args)
     assert (args.bias_every, args.gamma_down, args.gamma_up) == (every, pytest.approx(gamma), 0)
 
 # --- the step -------------------------------------------------------------------------------------
@@ -172,9 +173,9 @@ def started(d_sae, *flags):
                                "--gamma-down", "0.2", "--gamma-up", "0.1", *flags])
     args.steps, args.warmup, args.d_sae, args.lr = 100, 1, d_sae, 1e-2
     torch.manual_seed(0)
-    sae, state = GBASAE(16, d_sae, args.relu), start(args, "cpu")
-    state["tokens_since_fired"] = torch.zeros(d_sae, dtype=torch.int64)
-    return sae, data.adam(sae, args.lr, gba_sae.BETAS), state, args
+    rule_defaults(args)
+    sae, state = GBASAE(16, d_sae, args.relu), init_state(args, "cpu")
+    return sae, runs.adam(sae, args.lr, gba_sae.BETAS), state, args
 
 @pytest.mark.parametrize("relu", [[], ["--relu"]])
 def test_streamed_statistics_equal_a_stored_buffer(relu):
@@ -229,9 +230,8 @@ def test_a_batch_without_room_is_left_out(monkeypatch):
     sae, opt, state, args = started(60)
     with torch.no_grad():
         sae.b_enc -= 2
-    real, x = gba_sae.positive, torch.randn(64, 16)
-    monkeypatch.setattr(gba_sae, "positive", lambda sae, x, W, b, state: real(
-        sae, x, W, b, dict(state, sparse=True, room=50)))
+    x = torch.randn(64, 16)
+    monkeypatch.setattr(sparse, "encode", lambda *rest: sparse.encode_fixed(*rest[:4], room=50))
     W = sae.W_dec.detach().clone()
     train_step(sae, opt, x, state, 0, args)
     assert state["count"].sum() == state["peak"].sum() == state["seen"] == 0

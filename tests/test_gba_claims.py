@@ -17,7 +17,7 @@ import gba_sae
 import topk_sae
 import vanilla_sae
 from conftest import trained
-from toy import Toy
+from sources.toy import Toy
 
 pytestmark = pytest.mark.claims
 SEEDS = (50, 51, 52)

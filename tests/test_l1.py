@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA, FastICA
 
-import data
 import gated_sae
+import runs
 import vanilla_sae
 from conftest import mcc, trained
 from gated_sae import GatedSAE
-from toy import Toy
+from sources.toy import Toy
 from vanilla_sae import VanillaSAE
 
 # --- the losses -----------------------------------------------------------------------------------
@@ -36,7 +36,8 @@ def random_case(script, tied=False, dtype=torch.float64):
 
 def state_of(p, sparse, room=0, weight=0.7):
     t = lambda v: torch.tensor(v, dtype=torch.float64)
-    return dict(sparse=sparse, room=room, weight=t(weight), p=None if p == 1 else (t(p), t(0.9 * p)))
+    powers = dict(p=None, p_next=None) if p == 1 else dict(p=t(p), p_next=t(0.9 * p))
+    return dict(powers, sparse=sparse, room=room, weight=t(weight))
 
 def weights_of(sae):
     """W_enc, W_dec, b_dec as the docstring of vanilla_sae.py defines them for --tied and without."""
@@ -77,7 +78,7 @@ def test_loss_and_gradients_equal_an_explicit_loop(script, tied, p, sparse, room
     """Dense, sparse, and sparse with a fixed number of entries (as on a GPU): value and the gradient
     of every parameter, in float64, p annealed or not."""
     sae, x = random_case(script, tied)
-    loss, terms, fired = script.loss_fn(sae, x, state_of(p, sparse, room), None)
+    loss, terms, fired = script.sparse_loss(sae, x, state_of(p, sparse, room), None)
     loss.backward()
     got = {n: q.grad.clone() for n, q in sae.named_parameters()}
     sae.zero_grad()
@@ -86,7 +87,7 @@ def test_loss_and_gradients_equal_an_explicit_loop(script, tied, p, sparse, room
     assert torch.allclose(loss, expected, rtol=1e-12)
     assert torch.allclose(terms["penalty"], penalty, rtol=1e-12)
     following = explicit_loss(script, sae, x, 0.7, 0.9 * p if p < 1 else 1)[1]
-    assert torch.allclose(terms["rematch"], following, rtol=1e-12)
+    assert torch.allclose(terms["penalty_next"], following, rtol=1e-12)
     for n, q in sae.named_parameters():
         assert torch.allclose(got[n], q.grad, rtol=1e-9, atol=1e-12), n
     z = sae.encode(x)
@@ -96,7 +97,7 @@ def test_loss_and_gradients_equal_an_explicit_loop(script, tied, p, sparse, room
 @each_case
 def test_a_batch_that_outgrows_its_room_has_no_gradient(script, tied):
     sae, x = random_case(script, tied)
-    loss, *_ = script.loss_fn(sae, x, state_of(1, True, room=50), None)
+    loss, *_ = script.sparse_loss(sae, x, state_of(1, True, room=50), None)
     loss.backward()
     assert loss == 0 and all((q.grad == 0).all() for q in sae.parameters())
 
@@ -110,7 +111,7 @@ def test_gradient_of_the_power_is_finite_at_zero(script, tied):
                 q.zero_()                       # pre and all codes are exactly 0 (tied: half are)
     for sparse in (False, True):
         sae.zero_grad()
-        script.loss_fn(sae, x, state_of(0.2, sparse), None)[0].backward()
+        script.sparse_loss(sae, x, state_of(0.2, sparse), None)[0].backward()
         assert all(q.grad.isfinite().all() for q in sae.parameters())
     z = torch.zeros(3, requires_grad=True)
     (z * (z > 0)).pow(0.2).sum().backward()
@@ -120,27 +121,27 @@ def test_gradients_of_the_gate():
     """From the main reconstruction alone b_gate gets none and W_enc does; W_dec gets none from the
     penalty and the auxiliary term, b_dec does."""
     sae, x = random_case(gated_sae)
-    x_hat = gated_sae.loss_fn(sae, x, state_of(1, True, weight=0.0), None)[1]["mse"]
+    x_hat = gated_sae.sparse_loss(sae, x, state_of(1, True, weight=0.0), None)[1]["mse"]
     x_hat.backward()
     assert sae.b_gate.grad.abs().max() < 1e-12 * sae.W_enc.grad.abs().max() > 0
     main = sae.W_dec.grad.clone()
     sae.zero_grad()
-    gated_sae.loss_fn(sae, x, state_of(1, True), None)[0].backward()
+    gated_sae.sparse_loss(sae, x, state_of(1, True), None)[0].backward()
     assert torch.allclose(sae.W_dec.grad, main, rtol=1e-12)
     sae.zero_grad()
-    _, terms, _ = gated_sae.loss_fn(sae, x, state_of(1, True), None)
+    _, terms, _ = gated_sae.sparse_loss(sae, x, state_of(1, True), None)
     (terms["aux"] + terms["penalty"]).backward()
     assert sae.W_dec.grad is None and sae.b_dec.grad.abs().max() > 0
 
 def test_tied_decoder_rows_feel_the_normalisation():
     """The gradient of a tied row is orthogonal to it, and scaling rows changes nothing."""
     sae, x = random_case(vanilla_sae, tied=True)
-    loss = vanilla_sae.loss_fn(sae, x, state_of(1, True), None)[0]
+    loss = vanilla_sae.sparse_loss(sae, x, state_of(1, True), None)[0]
     loss.backward()
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-12
     with torch.no_grad():
         sae.W_dec *= torch.rand(40, 1, dtype=torch.float64) + 0.5
-    assert torch.allclose(vanilla_sae.loss_fn(sae, x, state_of(1, True), None)[0], loss, rtol=1e-12)
+    assert torch.allclose(vanilla_sae.sparse_loss(sae, x, state_of(1, True), None)[0], loss, rtol=1e-12)
 
 def test_p_ends_exactly_and_l1_is_rematched():
     """p is 1 until 40 % and exactly --p-end from 70 % on; a change of p leaves l1 sum z^p as it was."""
@@ -153,9 +154,8 @@ def test_p_ends_exactly_and_l1_is_rematched():
     sae, x = VanillaSAE(12, 40), torch.randn(20, 12)
     args = vanilla_sae.parse_args(["--p-end", "0.2", "--batch-size", "20", "--no-bf16", "--lr", "1e-9"])
     args.d_sae, args.steps, args.warmup, args.l1_warmup = 40, 100, 1, 1
-    opt = data.adam(sae, args.lr, vanilla_sae.BETAS)
-    state = dict(tokens_since_fired=torch.zeros(40, dtype=torch.int64), l1=torch.tensor(2.0),
-                 active=torch.inf)
+    opt = runs.adam(sae, args.lr, vanilla_sae.BETAS)
+    state = dict(vanilla_sae.init_state(args, "cpu"), l1=torch.tensor(2.0))
     values = []
     for step in range(100):
         terms = vanilla_sae.train_step(sae, opt, x, state, step, args)
@@ -260,11 +260,11 @@ def test_freezing_the_decoder_in_the_auxiliary_loss(monkeypatch, claim):
     seeds 0 to 2: freezing left 4 % of them dead and the FVU higher, .169 against .162 (with Adam's beta1
     0, and W_enc starting at W_dec.T)."""
     frozen = [trained(gated_sae, "flat", s, "--target-l0", 7, "--d-sae", 512) for s in SEEDS]
-    source = inspect.getsource(gated_sae.loss_fn)
+    source = inspect.getsource(gated_sae.sparse_loss)
     assert source.count("sae.W_dec.detach()") == source.count("sae.b_dec.detach()") == 1
     unfrozen = {**vars(gated_sae)}
     exec(source.replace("_dec.detach()", "_dec"), unfrozen)
-    monkeypatch.setattr(gated_sae, "loss_fn", unfrozen["loss_fn"])
+    monkeypatch.setattr(gated_sae, "sparse_loss", unfrozen["sparse_loss"])
     for seed, (sae, a) in zip(SEEDS, frozen):
         other, b = trained.__wrapped__(gated_sae, "flat", seed, "--target-l0", 7, "--d-sae", 512)
         report("frozen", seed, sae, a, f"flat:{seed}")

@@ -6,9 +6,10 @@ from argparse import Namespace
 import pytest
 import torch
 
-import data
 import matryoshka_sae
 import ordered_sae
+import runs
+import sparse
 from matryoshka_sae import MatryoshkaSAE
 from ordered_sae import OrderedSAE
 
@@ -54,8 +55,11 @@ def law(name, full_share=0.5):
 
 def ordered_state(prefix_law, full_share, k, dead=0):
     args = Namespace(d_sae=N, prefix_law=prefix_law, full_share=full_share, auxk=4, auxk_alpha=0.7)
-    state = dict(k=k, survival=ordered_sae.survival(args).double(), dead=torch.arange(dead))
-    return state, args
+    state = ordered_sae.init_state(args, "cpu")
+    return dict(state, survival=survival(args), dead=torch.arange(dead)), args
+
+def survival(args):
+    return ordered_sae.prefix_law(args).flip(0).cumsum(0).flip(0)
 
 @pytest.mark.parametrize("k", [1, 4, 40])
 @pytest.mark.parametrize("prefix_law", ["uniform", "zipf", "groups"])
@@ -66,7 +70,7 @@ def test_ordered_loss_equals_the_loop_over_all_prefixes(prefix_law, full_share, 
     sae, x = random_case(OrderedSAE, k)
     state, args = ordered_state(prefix_law, full_share, k)
     p = law(prefix_law, full_share)
-    loss, terms, fired = ordered_sae.loss_fn(sae, x, state, args)
+    loss, terms, fired = ordered_sae.sparse_loss(sae, x, state, args)
     compare(sae, loss, naive_loss(sae, x, sae.encode(x), p))
     assert torch.allclose(terms["mse"], (x - sae(x)).pow(2).sum(1).mean())
     assert torch.equal(fired > 0, (sae.encode(x) > 1e-3).any(0))
@@ -74,11 +78,11 @@ def test_ordered_loss_equals_the_loop_over_all_prefixes(prefix_law, full_share, 
         assert torch.allclose(loss, terms["mse"])
     monkeypatch.setattr(ordered_sae, "MEMORY", 0)             # the smallest pieces, 2 F D floats
     x = torch.cat([x, x + 1, 2 * x])[:50]                     # for k = 4: of 20, 20 and 10 tokens
-    compare(sae, ordered_sae.loss_fn(sae, x, state, args)[0], naive_loss(sae, x, sae.encode(x), p))
+    compare(sae, ordered_sae.sparse_loss(sae, x, state, args)[0], naive_loss(sae, x, sae.encode(x), p))
 
 def matryoshka_state(widths, balance, n):
     G = len(widths)
-    weights = torch.tensor([0.0] + [balance ** (G - 1 - g) for g in range(G)], dtype=torch.float64)
+    weights = torch.tensor([balance ** (G - 1 - g) for g in range(G)], dtype=torch.float64)
     return dict(widths=torch.tensor(widths), weights=weights, n=n, dead=torch.empty(0, dtype=int))
 
 @pytest.mark.parametrize("k", [0.3, 4, 40])
@@ -91,7 +95,7 @@ def test_matryoshka_loss_equals_the_loop_over_its_levels(widths, balance, k):
     p = torch.zeros(N, dtype=torch.float64)
     for g, width in enumerate(widths):
         p[width - 1] = balance ** (len(widths) - 1 - g)
-    loss, terms, fired = matryoshka_sae.loss_fn(sae, x, matryoshka_state(widths, balance, round(k * B)),
+    loss, terms, fired = matryoshka_sae.sparse_loss(sae, x, matryoshka_state(widths, balance, round(k * B)),
                                                 Namespace(auxk_alpha=0))
     z = sae.encode(x)
     assert (z != 0).sum() <= round(k * B) and (k == 40 or len(set((z != 0).sum(1).tolist())) > 1)
@@ -107,8 +111,8 @@ def test_one_law_two_files(claim):
     sae, x = random_case(OrderedSAE, N)
     other = MatryoshkaSAE(D, N, N).double()
     other.load_state_dict(dict(sae.state_dict(), threshold=torch.zeros(N)))
-    ordered = ordered_sae.loss_fn(sae, x, *ordered_state("groups", 0, N))[0]
-    levels = matryoshka_sae.loss_fn(other, x, matryoshka_state([1, 3, 8, 18, 40], 1, N * B),
+    ordered = ordered_sae.sparse_loss(sae, x, *ordered_state("groups", 0, N))[0]
+    levels = matryoshka_sae.sparse_loss(other, x, matryoshka_state([1, 3, 8, 18, 40], 1, N * B),
                                     Namespace(auxk_alpha=0))[0]
     assert torch.allclose(ordered, levels / 5, rtol=1e-12)
     claim("ordered", "Matryoshka's loss is the ordered one with a law on a few prefixes", "by definition",
@@ -127,8 +131,8 @@ def test_auxk_reconstructs_the_error_of_all_latents(cls):
         args = Namespace(auxk=4, auxk_alpha=0.7)
     state["dead"] = torch.arange(0, 40, 5)
     aux = auxk_loss(sae, x, (x - sae(x)).detach(), state["dead"], args)
-    with_dead = script.loss_fn(sae, x, state, args)[0]
-    without = script.loss_fn(sae, x, dict(state, dead=state["dead"][:0]), args)[0]
+    with_dead = script.sparse_loss(sae, x, state, args)[0]
+    without = script.sparse_loss(sae, x, dict(state, dead=state["dead"][:0]), args)[0]
     compare(sae, with_dead, without + 0.7 * D * aux)
 
 @pytest.mark.parametrize("cls", [OrderedSAE, MatryoshkaSAE])
@@ -138,11 +142,11 @@ def test_in_bf16_the_loss_is_still_a_float32_sum(cls):
     with torch.autocast("cpu", torch.bfloat16):
         if cls is OrderedSAE:
             state, args = ordered_state("uniform", 1, 4)
-            _, terms, _ = ordered_sae.loss_fn(sae, x, dict(state, survival=state["survival"].float()), args)
+            _, terms, _ = ordered_sae.sparse_loss(sae, x, dict(state, survival=state["survival"].float()), args)
         else:
             state = matryoshka_state([40], 1, 4 * B)
             state["weights"] = state["weights"].float()
-            _, terms, _ = matryoshka_sae.loss_fn(sae, x, state, Namespace(auxk_alpha=0))
+            _, terms, _ = matryoshka_sae.sparse_loss(sae, x, state, Namespace(auxk_alpha=0))
     assert terms["loss"].dtype == torch.float32
     assert torch.allclose(terms["loss"], terms["mse"], rtol=1e-5)
 
@@ -151,12 +155,12 @@ def test_groups_law_is_that_of_matryoshka_for_any_width():
     for n in (1, 2, 10, 16, 40):
         args = Namespace(d_sae=n, prefix_law="groups", full_share=0)
         widths = sorted({max(1, n * i // 32) for i in (1, 3, 7, 15, 32)})
-        p = -torch.cat([ordered_sae.survival(args), torch.zeros(1)]).diff()
+        p = ordered_sae.prefix_law(args)
         assert torch.allclose(p[[w - 1 for w in widths]], torch.tensor(1 / len(widths)).double())
 
 def test_compiles_only_the_last_k(tmp_path):
     """With --compile the loss is compiled for the k that stays, not for each k on the way."""
-    if not any(map(shutil.which, data.COMPILERS)):
+    if not any(map(shutil.which, runs.COMPILERS)):
         return                                                # tests/test_runs.py: it refuses then
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -178,7 +182,7 @@ def test_selection_is_exact(shape):
               1 - rare, -pre.relu()):
         x = x.flatten()
         for n in {1, shape[0] // 3 + 1, 5 * shape[0], x.numel()}:
-            at = matryoshka_sae.top(x, n)
+            at = sparse.flat_top(x, n)
             assert len(at) == n and (at.diff() > 0).all()
             assert torch.equal(x[at].sort().values, x.topk(n).values.sort().values)
 
@@ -186,7 +190,7 @@ def test_selection_is_among_few(monkeypatch):
     """Of a real batch's size, top() passes no more than 1.5 n entries to the selection."""
     x, sizes, real = torch.randn(512 * 4096), [], torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **kw: sizes.append(len(t)) or real(t, *a, **kw))
-    matryoshka_sae.top(x, 32 * 512)
+    sparse.flat_top(x, 32 * 512)
     assert len(sizes) == 2 and sizes[0] == -(-len(x) // 61) and 32 * 512 <= sizes[1] <= 1.5 * 32 * 512
 
 @pytest.mark.parametrize("world, n", [(2, 1), (2, 24), (2, 60), (2, 480), (4, 1), (4, 100), (8, 3),
@@ -199,12 +203,12 @@ def test_selection_over_processes(world, n, monkeypatch):
     pre[1] += 0.3
     offers, chosen = {}, {}
     def gather(tensor, op):
-        offers[data.rank()] = tensor.clone()
+        offers[runs.rank()] = tensor.clone()
         return sum(offers.values())
-    monkeypatch.setattr(data, "world_size", lambda: world)
-    monkeypatch.setattr(data, "all_reduce", gather)
+    monkeypatch.setattr(runs, "world_size", lambda: world)
+    monkeypatch.setattr(runs, "all_reduce", gather)
     for rank in [*range(world), *range(world)]:             # in the second round each sees all offers
-        monkeypatch.setattr(data, "rank", lambda: rank)
+        monkeypatch.setattr(runs, "rank", lambda: rank)
         vals, at = matryoshka_sae.batch_top(pre[rank], n)
         assert len(at) == min(n, 240, 2 * n // world + 64)
         chosen[rank] = vals[vals != 0]
@@ -250,9 +254,9 @@ def test_sweep_freezes_latents_in_order():
     sae, x = random_case(OrderedSAE, 4, torch.float32)
     args = ordered_sae.parse_args(["--sweep", "0.5", "--no-bf16", "--lr", "0.01", "--batch-size", str(B)])
     args.steps, args.warmup, args.d_sae, args.auxk, args.k, args.k_start = 80, 1, N, 4, 4, 4
-    opt = data.adam(sae, 0.01, ordered_sae.BETAS)
+    opt = runs.adam(sae, 0.01, ordered_sae.BETAS)
     state = dict(tokens_since_fired=torch.zeros(N, dtype=torch.int64), dead=torch.arange(N),
-                 survival=ordered_sae.survival(args).float())
+                 survival=survival(args).float())
     for step in range(80):
         before = {n: p.detach().clone() for n, p in sae.named_parameters()}
         ordered_sae.train_step(sae, opt, x, state, step, args)

@@ -16,10 +16,10 @@ from scipy.stats import spearmanr
 
 import matryoshka_sae
 import ordered_sae
-import toy as toys
+from sources import toy as toys
 import topk_sae
 from conftest import mcc, trained
-from toy import Toy
+from sources.toy import Toy
 
 pytestmark = pytest.mark.claims
 SEEDS = (20, 21, 22)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import lm
-import metrics
+import runs
+from evaluation import metrics, saved
+from sources import lm
 from conftest import run_script
 from othello import boards, game, steer, train
 from othello.model import GPT, folder, load
@@ -206,11 +207,11 @@ def test_training_learns_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys)
     assert float(out.split("legal ")[-1].split("%")[0]) > 40             # untrained: 15 (next test: below 25)
     stops = iter([False] * 11 + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(data, "stop_signal", lambda device: nullcontext(lambda: next(stops)))
-        with pytest.raises(SystemExit) as stop:
+        patch.setattr(runs, "stop_signal", lambda device: nullcontext(lambda: next(stops)))
+        with pytest.raises(SystemExit) as stop, runs.one_line_errors():
             train.main([*flags, "--out", str(tmp_path / "parts")])
     assert stop.value.code == 130 and not (tmp_path / "parts/weights.safetensors").exists()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), runs.one_line_errors():
         train.main([*flags, "--out", str(tmp_path / "parts"), "--seed", "1"])
     assert "of another --seed" in capsys.readouterr().err
     train.main([*flags, "--out", str(tmp_path / "parts")])
@@ -240,7 +241,7 @@ def test_the_measure_of_a_model_that_knows_nothing_and_of_one_that_knows_all():
                                          (["--games", "30", "--out", "x"], "--games 30: fewer"),
                                          (["--gamez", "1", "--out", "x"], "--gamez")])
 def test_bad_flags_of_training_are_refused_in_one_line(flags, says, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, runs.one_line_errors():
         train.main(flags)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and says in lines[0]
@@ -345,7 +346,7 @@ def test_evaluate_says_what_latents_know(run, tmp_path):
     assert len(shown) == 10
     assert done.stdout.count("A B C D E F G H") == 20 and done.stdout.count("1 ") >= 20
     assert (tmp_path / "p.html").read_text().count("<pre>") == 10
-    sae = metrics.SAE(path)                                   # what is printed, again from its definition
+    sae = saved.SAE(path)                                   # what is printed, again from its definition
     source = opened(cache)
     held = boards.HeldOut(source)
     latent = int(re.search(r"latent (\d+): fires", done.stdout)[1])

@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-import page
+from evaluation import page
 
 ODD = ['</script><script>document.title="owned"</script>', "<img src=x onerror=alert(1)>",
        '"><b onclick="alert(1)">', "'&amp;'", "<!--", "\r\n", "\t", "\x00", "\u202e", "\u2028",

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import data
+import runs
+from sources import toy as toys
 from conftest import ROOT, mcc
 
 PENALTY = ["--l1", 30, "--l1-warmup", 3, "--target-l0", 3, "--p-end", 0.5, "--lr", 0.03]
@@ -81,7 +83,7 @@ def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
         assert torch.allclose(outer.encode(x) * source.scale, inner.encode(scaled), atol=1e-4)
         assert torch.allclose(outer(x), inner(scaled) / source.scale + source.mean, atol=1e-3)
         assert torch.allclose(outer.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
-    shapes = {n: tuple(t.shape) for n, t in data.load_sae(tmp_path / "run")[1].items()}
+    shapes = {n: tuple(t.shape) for n, t in runs.load_sae(tmp_path / "run")[1].items()}
     biases = ["b_gate", "b_mag", "r_mag"] if variant == "gated" else ["b_enc"]
     biases += ["threshold"] if architecture == "jumprelu" else []
     assert shapes == dict({b: (32,) for b in biases}, W_enc=(16, 32), W_dec=(32, 16), b_dec=(16,))
@@ -154,7 +156,7 @@ def test_resumed_equals_uninterrupted(variant, bf16, tmp_path, monkeypatch, caps
     if variant not in TOPK:
         saved = torch.load(tmp_path / "whole/state.pt", weights_only=True)["state"]
         assert saved["sparse"]                                     # as for step 0 it never is
-        assert variant not in L1 or float(saved["p"][0]) == 0.5
+        assert variant not in L1 or float(saved["p"]) == 0.5
 
 def test_resume_of_another_script(tmp_path, one_line):
     toy_run("vanilla", tmp_path / "run")
@@ -209,7 +211,7 @@ def test_two_processes_equal_one(variant, tmp_path):
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert job.returncode == 0, job.stderr
     run(variant, *argv, "--out", tmp_path / "one")
-    one, two = (data.load_sae(tmp_path / name)[1] for name in ("one", "two"))
+    one, two = (runs.load_sae(tmp_path / name)[1] for name in ("one", "two"))
     for n, p in two.items():
         atol = 1e-5 if variant in TOPK else 1e-4
         assert torch.allclose(p, one[n], atol=atol), (n, (p - one[n]).abs().max())
@@ -223,11 +225,11 @@ def test_two_processes_equal_one(variant, tmp_path):
 
 @each_variant
 def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monkeypatch, one_line):
-    real = data.ToySource.batch
+    real = toys.ToySource.batch
     def batch(self, step):
         x = real(self, step)
         return x * float("nan") if step == 35 else x
-    monkeypatch.setattr(data.ToySource, "batch", batch)
+    monkeypatch.setattr(toys.ToySource, "batch", batch)
     one_line(lambda: toy_run(variant, tmp_path / "run", "--tokens", 64 * 50), "not finite", "step 40",
              "--lr")
     saved = torch.load(tmp_path / "run/state.pt", weights_only=True)
@@ -238,10 +240,10 @@ def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monke
 
 @each_variant
 def test_compile_changes_nothing_but_speed(variant, tmp_path, monkeypatch, one_line):
-    if not any(map(shutil.which, data.COMPILERS)):              # then only that it says so
+    if not any(map(shutil.which, runs.COMPILERS)):              # then only that it says so
         return one_line(lambda: toy_run(variant, tmp_path / "b", "--compile"), "--compile", "compiler")
     with monkeypatch.context() as m:
-        m.setattr(data, "COMPILERS", ["no-such-compiler"])
+        m.setattr(runs, "COMPILERS", ["no-such-compiler"])
         one_line(lambda: toy_run(variant, tmp_path / "c", "--compile"), "--compile", "compiler")
     flags = ["--p-end", 1 if variant == "gated" else 0.9] if variant in L1 else []     # see above
     plain = toy_run(variant, tmp_path / "a", *flags)
@@ -263,13 +265,9 @@ def test_no_host_synchronisation_in_a_step(variant):
     args.gamma_down = args.gamma_up = args.bias_every = 1
     options = dict(k=8) if variant in TOPK else OPTIONS.get(variant, {})
     sae, x = getattr(m, VARIANTS[variant][1])(64, 8192, **options).cuda(), torch.randn(512, 64).cuda()
-    opt = data.adam(sae, 1e-3, m.BETAS)
-    state = dict(tokens_since_fired=torch.zeros(8192, dtype=torch.int64, device="cuda"),
-                 dead=torch.arange(4000, device="cuda"), l1=torch.tensor(1.0, device="cuda"), active=9.0,
-                 widths=torch.tensor([512, 8192], device="cuda"),
-                 weights=torch.tensor([0.0, 1.0, 1.0], device="cuda"),
-                 survival=torch.linspace(1, 0.5, 8192, device="cuda"))
-    state |= m.start(args, "cuda") | dict(active=9.0) if hasattr(m, "start") else {}
+    opt = runs.adam(sae, 1e-3, m.BETAS)
+    args.widths = [512, 8192]
+    state = dict(m.init_state(args, "cuda"), dead=torch.arange(4000, device="cuda"), active=9.0)
     m.train_step(sae, opt, x, state, 0, args)                              # allocations, libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -286,13 +284,13 @@ def test_cuda_loss_equals_the_cpu_s(variant):
     args = Namespace(auxk=8, auxk_alpha=1 / 32)
     torch.manual_seed(0)
     sae, x = getattr(m, VARIANTS[variant][1])(64, 1024, 8), torch.randn(512, 64)
-    state = dict(dead=torch.arange(0, 1024, 9), k=8, n=8 * 512, widths=torch.tensor([100, 1024]),
-                 weights=torch.tensor([0.0, 1.0, 1.0]), survival=torch.linspace(1, 0.5, 1024))
+    state = dict(dead=torch.arange(0, 1024, 9), n=8 * 512, widths=torch.tensor([100, 1024]),
+                 weights=torch.tensor([1.0, 1.0]), survival=torch.linspace(1, 0.5, 1024))
     for device in ("cpu", "cuda"):
         sae = sae.to(device)
         sae.zero_grad()
         state = {n: v.to(device) if torch.is_tensor(v) else v for n, v in state.items()}
-        loss = m.loss_fn(sae, x.to(device), state, args)[0]
+        loss = m.sparse_loss(sae, x.to(device), state, args)[0]
         loss.backward()
         grads[device] = [loss.detach().cpu(), *(p.grad.cpu() for p in sae.parameters())]
     for a, b in zip(*grads.values()):
@@ -351,8 +349,7 @@ def test_log_every_and_its_keys(variant, base, tmp_path):
         ["mse", "aux"] if variant in TOPK else ["mse", "penalty", "l1"] if variant in L1 else \
         ["mse", "target", "freq"]
     assert list(json.loads(lines(base[variant][1])[0])) == [
-        "step", "tokens", "loss", *own, "fvu", "l0", "dead",
-        "lr", "tok_s"]
+        "step", "tokens", "fvu", "l0", "dead", "tok_s", "loss", *own, "lr"]
 
 def test_every_flag_is_tested():
     for variant in VARIANTS:

@@ -5,11 +5,12 @@ from argparse import Namespace
 import pytest
 import torch
 
-import data
+import runs
+import sparse
 import topk_sae
 from conftest import mcc
-from toy import Toy
-from topk_sae import TopKSAE, loss_fn, parse_args, train
+from sources.toy import Toy
+from topk_sae import TopKSAE, sparse_loss, parse_args, train
 
 def args_of(*argv):
     return parse_args([str(a) for a in argv])
@@ -79,7 +80,7 @@ def test_loss_equals_an_explicit_loop(dead, auxk):
     mse = sum(e @ e for e in errors) / len(errors)
     aux = sum(e @ e for e in aux_errors) / sum((e - mean) @ (e - mean) for e in errors)
     expected = mse + 0.7 * 12 * aux if len(dead) else mse
-    loss, terms, fired = loss_fn(sae, x, {"dead": dead}, args)
+    loss, terms, fired = sparse_loss(sae, x, {"dead": dead}, args)
     assert torch.allclose(loss, expected, rtol=1e-12)
     assert terms["l0"] <= sae.k and fired.sum() <= sae.k * len(x)
 
@@ -87,7 +88,7 @@ def test_loss_equals_an_explicit_loop(dead, auxk):
 def test_sparse_step_equals_the_dense_formula(dead):
     """Values and gradients of every parameter against plain autograd through dense codes."""
     sae, x, dead, args = random_case(dead)
-    loss, *_ = loss_fn(sae, x, {"dead": dead}, args)
+    loss, *_ = sparse_loss(sae, x, {"dead": dead}, args)
     loss.backward()
     got = {n: p.grad.clone() for n, p in sae.named_parameters()}
     sae.zero_grad()
@@ -119,16 +120,16 @@ def test_auxk_reaches_dead_latents_only():
 
 def test_bf16_autocast_is_close():
     sae, x, dead, args = random_case(25, dtype=torch.float32)
-    exact = loss_fn(sae, x, {"dead": dead}, args)[0]
+    exact = sparse_loss(sae, x, {"dead": dead}, args)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = loss_fn(sae, x, {"dead": dead}, args)[0]
+        rounded = sparse_loss(sae, x, {"dead": dead}, args)[0]
     assert exact != rounded and abs(exact - rounded) < 0.02 * exact
 
 def test_step_keeps_decoder_rows_at_norm_one_and_counts_tokens():
     sae, x, dead, _ = random_case(3, dtype=torch.float32)
     args = args_of("--no-bf16", "--batch-size", 20, "--auxk", 4, "--lr", 1e-2, "--warmup", 1)
     args.steps = 10
-    opt = data.adam(sae, 1e-2, topk_sae.BETAS)
+    opt = runs.adam(sae, 1e-2, topk_sae.BETAS)
     state = dict(tokens_since_fired=torch.full((40,), 100), dead=dead)
     _, idx = sae.pre_acts(x).topk(sae.k)
     topk_sae.train_step(sae, opt, x, state, 0, args)
@@ -144,7 +145,7 @@ def test_staged_top_k_is_exact():
             pre = torch.randn(50, F, generator=torch.Generator().manual_seed(F + k))
             for x in (pre, pre.bfloat16(), pre.round(), -pre.relu()):
                 if k <= F:
-                    vals, idx = topk_sae.top(x, k)
+                    vals, idx = sparse.top(x, k)
                     assert torch.equal(vals, x.gather(1, idx))
                     assert torch.equal(vals.sort(1).values, x.topk(k).values.sort(1).values)
                     assert all(len(set(row)) == k for row in idx.tolist())       # no latent twice

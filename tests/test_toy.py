@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from toy import PRESETS, Toy
+from sources.toy import PRESETS, Toy
 
 N = 100_000
 

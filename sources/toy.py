@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+import runs
+from sources.source import Source
+
 # --- magnitude laws: (shape, generator) -> tensor -------------------------------------------------
 
 def uniform(lo, hi):
@@ -200,3 +203,28 @@ PRESETS = {
     "wrong": lambda: _wrong(100),
     "wrong-superposed": lambda: _wrong(40),
 }
+
+# --- the source -----------------------------------------------------------------------------------
+
+class ToySource(Source):
+    """Fresh samples of a toy model; `truth` is the Toy, whose `features` [n, D] are the answer."""
+    def __init__(self, args, device):
+        args.toy = "flat" if args.toy is None else args.toy
+        try:
+            self.truth = Toy.preset(args.toy)
+        except (KeyError, ValueError):
+            runs.fail(f"--toy {args.toy}: use NAME or NAME:SEED, NAME one of {', '.join(PRESETS)}")
+        x = self._sample(65536, 1)
+        mean = x.mean(0)
+        super().__init__(args, device, self.truth.d, mean, (x - mean).norm(dim=1).mean().item(),
+                         {"model_name": f"toy:{args.toy}"})
+
+    def _sample(self, n, *key):
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+        return self.truth.sample(n, torch.Generator().manual_seed(seed))[0]
+
+    def _load(self, step):
+        return self._sample(self.batch_size, 3, self.seed, step)[self.slice]
+
+    def _heldout(self):
+        return self._sample(65536, 2)

@@ -1,5 +1,5 @@
-"""The measures of evaluate.py, each with its definition, and the reader of saved SAEs. (Measures of
-Othello boards: othello/boards.py.)
+"""The measures of evaluate.py, each with its definition. (Those of Othello boards are in
+othello/boards.py, the reader of saved SAEs in saved.py.)
 
 Reconstruction, over all M tokens x with e = x - x_hat; sums come first, then one division
   l0         non-zero codes per token; mean, standard deviation, 5 % and 95 % quantile over tokens
@@ -40,97 +40,13 @@ import itertools
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
-import data
+import runs
+from sources import lm
 
 EDGES = [e / 2 for e in range(-12, 1)]                        # of the density histogram, log10
-VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
-               gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
-
-# --- saved SAEs -----------------------------------------------------------------------------------
-
-class SAE:
-    """The SAE of a run directory, or of any SAELens 6 directory, for raw activations x [B, D]; its
-    codes are those of SAELens in float32. Fails with one line if damaged, or of another kind."""
-    def __init__(self, path):
-        self.path, (self.cfg, t) = path, data.load_sae(path)
-        dicts = [self.cfg]                                    # and in it, perhaps:
-        for name in ("metadata", "flags"):
-            dicts.append(dicts[-1].get(name) or {} if isinstance(dicts[-1], dict) else None)
-        if not all(isinstance(d, dict) for d in dicts):
-            data.fail(f"{path}: damaged: its cfg.json is none of ours and none of SAELens")
-        _, self.meta, self.flags = dicts
-        self.kind, self.k = self.cfg.get("architecture"), self.cfg.get("k")
-        self.d_in, self.d_sae = D, N = self.cfg.get("d_in"), self.cfg.get("d_sae")
-        self.norm = self.cfg.get("normalize_activations") or "none"
-        if not isinstance(self.kind, str) or self.kind not in VECTORS:
-            data.fail(f"{path}: architecture {self.kind} is not one of {', '.join(VECTORS)}")
-        shapes = dict(W_enc=(D, N), W_dec=(N, D), b_dec=(D,))
-        shapes.update(dict.fromkeys(VECTORS[self.kind], (N,)))
-        if wrong := [f"{n} is {tuple(t[n].shape) if n in t else 'missing'}, not {shape}"
-                     for n, shape in shapes.items() if n not in t or tuple(t[n].shape) != shape]:
-            data.fail(f"{path}: damaged, or cfg.json of another run: {'; '.join(wrong)}")
-        if extra := t.keys() - shapes.keys():
-            data.fail(f"{path}: {', '.join(sorted(extra))}: no tensor of architecture {self.kind}")
-        if self.kind == "topk" and not (type(self.k) is int and 1 <= self.k <= N):
-            data.fail(f"{path}: damaged: cfg.json has k = {self.k} of {N} latents")
-        if self.norm not in ("none", "layer_norm", "constant_norm_rescale") or \
-                self.cfg.get("reshape_activations", "none") != "none":
-            data.fail(f"{path}: normalize_activations {self.norm}, reshape_activations "
-                      f"{self.cfg.get('reshape_activations')}: not supported; save them folded in")
-        self.t = {n: v.float() for n, v in t.items()}
-        if self.cfg.get("rescale_acts_by_decoder_norm"):      # codes times |d_i|, rows of norm 1
-            norm = self.t["W_dec"].norm(dim=1)
-            self.t.update(W_enc=self.t["W_enc"] * norm, b_enc=self.t["b_enc"] * norm,
-                          W_dec=self.t["W_dec"] / norm[:, None])
-        if bad := [n for n, v in self.t.items() if not v.isfinite().all()]:
-            data.fail(f"{path}: damaged: NaN or inf in {', '.join(bad)}")
-
-    def to(self, device):
-        self.t = {n: v.to(device) for n, v in self.t.items()}
-        return self
-
-    def normed(self, x):
-        """x as the SAE wants it, and the function that undoes that for x_hat."""
-        if self.norm == "constant_norm_rescale":
-            scale = self.d_in ** 0.5 / x.norm(dim=-1, keepdim=True)
-            return x * scale, lambda x_hat: x_hat / scale
-        if self.norm == "layer_norm":
-            mean = x.mean(-1, keepdim=True)
-            std = (x - mean).std(-1, keepdim=True)
-            return (x - mean) / (std + 1e-5), lambda x_hat: x_hat * std + mean
-        return x, lambda x_hat: x_hat
-
-    def inputs(self, x):
-        """What the encoder's matrix multiplies, for normed x."""
-        return x - self.t["b_dec"] if self.cfg.get("apply_b_dec_to_input", True) else x
-
-    def codes(self, x):
-        t = self.t
-        pre = self.inputs(x) @ t["W_enc"]                                    # (B, F)
-        if self.kind == "gated":
-            return (pre + t["b_gate"] > 0) * (pre * t["r_mag"].exp() + t["b_mag"]).relu()
-        pre += t["b_enc"]
-        if self.kind == "jumprelu":
-            return pre.relu() * (pre > t["threshold"])
-        if self.kind == "topk":
-            vals, idx = pre.topk(self.k, sorted=False)
-            return torch.zeros_like(pre).scatter_(-1, idx, vals.relu())
-        return pre.relu()
-
-    def both(self, x):
-        """Codes [B, F] and reconstructions [B, D]."""
-        x, undo = self.normed(x)
-        z = self.codes(x)
-        return z, undo(z @ self.t["W_dec"] + self.t["b_dec"])
-
-    def encode(self, x):
-        return self.codes(self.normed(x)[0])
-
-    def __call__(self, x):
-        return self.both(x)[1]
 
 # --- reconstruction and geometry ------------------------------------------------------------------
 
@@ -166,7 +82,7 @@ def reconstruction(sae, x, mean):
 def geometry(W_dec, inputs, scale=1.0, n=None):
     """c_dec, s_n (times scale) and nearest-neighbour cosines of W_dec [F, D]; inputs [B, D]: what
     the encoder sees of some hundreds of tokens at least."""
-    U, N = F.normalize(W_dec, dim=1), len(W_dec)
+    U, N = normalize(W_dec, dim=1), len(W_dec)
     total, nearest = 0.0, []
     for i in range(0, N, 2048):
         c = U[i:i + 2048] @ U.T                                              # (2048, F)
@@ -189,8 +105,8 @@ def match(truth, learned):
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
-        data.fail("matching needs scipy; pip install scipy")
-    cosine = F.normalize(truth.float(), dim=1) @ F.normalize(learned.float(), dim=1).T
+        runs.fail("matching needs scipy; pip install scipy")
+    cosine = normalize(truth.float(), dim=1) @ normalize(learned.float(), dim=1).T
     i, j = linear_sum_assignment(-cosine.cpu().numpy())
     return torch.as_tensor(i), torch.as_tensor(j), cosine.cpu()
 
@@ -207,7 +123,7 @@ def hedging(W_dec, V, i, j, generator=None):
     missing = np.setdiff1d(np.arange(len(V)), i)
     if not 0 < len(missing) < V.shape[1]:
         return None
-    delta = V[i] - F.normalize(W_dec, dim=1)[j]
+    delta = V[i] - normalize(W_dec, dim=1)[j]
     def q(rows):                                              # the projector on the span of rows
         Q = torch.linalg.qr(rows.T).Q
         return (delta @ Q).norm(dim=1).mean().item()
@@ -244,7 +160,7 @@ def recovery(sae, toy, mean):
     result = ground_truth(W_dec.cpu(), codes, toy, z, g)
     k, chance = min(sae.d_sae, max(1, round((z != 0).sum().item() / len(z)))), []
     for _ in range(5):
-        R = F.normalize(torch.randn(sae.d_sae, sae.d_in, generator=g), dim=1)
+        R = normalize(torch.randn(sae.d_sae, sae.d_in, generator=g), dim=1)
         pre = (x - mean) @ R.T
         vals, idx = pre.topk(k)
         z = torch.zeros_like(pre).scatter_(1, idx, vals.relu())
@@ -259,7 +175,6 @@ def recovery(sae, toy, mean):
 def cross_entropies(model, block, cut, ids, replacements):
     """Cross-entropy of each context with each function of x [m, D] in the place of x, and its KL
     from the first: [2, functions, n]. Means over predictions of positions 1 to T - 2; kl: T - 1."""
-    import lm
     out, first = torch.zeros(2, len(replacements), len(ids), dtype=torch.double), None
     target = torch.from_numpy(ids[:, 2:]).long().to(model.device)
     for i, replace in enumerate(replacements):
@@ -309,7 +224,7 @@ def consistency(runs):
     of the best one-to-one matching of latents (PW-MCC of Song et al. 2025, stability of Wang et al.
     2025), rank correlation of matched indices (order, Wang et al.), and `alike`. Dead latents count
     in the first two. Memory 20 F^2 bytes, time about F^3: 3 s a pair at F = 4608."""
-    runs = [(F.normalize(W, dim=1).cpu(), peak.cpu()) for W, peak in runs]
+    runs = [(normalize(W, dim=1).cpu(), peak.cpu()) for W, peak in runs]
     cosine, order = [], []
     for (a, _), (b, _) in itertools.combinations(runs, 2):
         i, j, c = match(a, b)

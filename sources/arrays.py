@@ -1,10 +1,11 @@
-"""Rows of .npy files as shuffled batches, in bounded memory however many there are. Behind data.py:
+"""Rows of .npy files as shuffled batches, in bounded memory however many there are: those of
 --activations, and the activations that lm.py harvested."""
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import HELD_OUT, Source, fail, first_line, rank
+from runs import fail, first_line, rank
+from sources.source import HELD_OUT, Source
 
 PIECE = 2 ** 25               # arrays are read and written in pieces of about this many numbers
 

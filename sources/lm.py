@@ -1,4 +1,4 @@
-"""Language models: text in, residual stream on disk. data.py calls this for --model NAME.
+"""Language models: text in, residual stream on disk, for --model NAME.
 
 Layers    --layer L is the residual stream entering block L: hidden_states[L] in transformers,
           blocks.L.hook_resid_pre in TransformerLens, the output of block L - 1. Only the blocks
@@ -28,8 +28,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arrays import PIECE, ArraySource, Shards, chunk_size, statistics
-from data import HELD_OUT, fail, first_line, has_fast_bf16, rank, replacing, world_size
+from othello import game, model as gpt
+from runs import fail, first_line, has_fast_bf16, rank, replacing, world_size
+from sources.arrays import PIECE, ArraySource, Shards, chunk_size, statistics
+from sources.source import HELD_OUT
 
 NORM_CUT = 4.0                                       # in median norms
 DEFAULT_TOKENS = 10 ** 6                             # harvested, if the text has as many
@@ -113,9 +115,8 @@ def contexts(args, tokenizer):
     """
     need = args.cache_tokens or DEFAULT_TOKENS
     if is_othello(args.model):
-        from othello.game import full_games
         check_length(args, need)
-        return full_games(need // args.context, 10 ** 12)[:, :args.context].astype(
+        return game.full_games(need // args.context, 10 ** 12)[:, :args.context].astype(
             np.int32), False, need
     eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     probe = tokenizer("a").input_ids
@@ -202,8 +203,7 @@ def model_dir(name, cache):
     """Local directory of a causal LM: one of ours (smollm2, othello, othello-untrained), a
     directory, or a name on the HuggingFace hub."""
     if is_othello(name):
-        from othello import model
-        return model.folder(name, cache)
+        return gpt.folder(name, cache)
     if not find_spec("transformers"):
         fail(f"--model {name}: transformers is not installed; pip install -r requirements.txt")
     if name == "smollm2":
@@ -228,8 +228,7 @@ def model_hash(path, name=None):
     """The sha256 of a model's configuration, tokenizer and weights."""
     h, kinds = hashlib.sha256(), (".json", ".safetensors", ".txt", ".model")
     if is_othello(name):
-        from othello.model import VERSION
-        h.update(VERSION)
+        h.update(gpt.VERSION)
     for file in sorted(p for p in path.iterdir() if p.suffix in kinds):
         h.update(file.name.encode())
         with open(file, "rb") as f:
@@ -241,8 +240,7 @@ def load(path, name, device, dtype):
     """(model, tokenizer, blocks): safetensors weights, and transformers' own code only or ours."""
     try:
         if is_othello(name):
-            from othello.model import Tokenizer, load as load_othello
-            tokenizer, model = Tokenizer(), load_othello(path).to(dtype)
+            tokenizer, model = gpt.Tokenizer(), gpt.load(path).to(dtype)
         else:
             from transformers import AutoModelForCausalLM, AutoTokenizer, logging
             logging.disable_progress_bar()
@@ -342,25 +340,45 @@ def harvest(args, device, model_path, key, out):
 
     What an interrupted harvest wrote, whole shards in `out`.partial, the next one keeps.
     """
-    model, tokenizer, blocks = load(model_path, args.model, device, getattr(torch, key["dtype"]))
+    model, tokenizer, block = model_below(args, device, model_path, key["dtype"])
+    ids, bos, text_tokens = contexts(args, tokenizer)
+    ids = ids[np.random.default_rng(0).permutation(len(ids))]
+    work = out.with_name(out.name + ".partial")
+    check_room(args, work, out, ids.size, model.config.get_text_config().hidden_size)
+    cut = write_shards(args, device, model, block, ids, work)
+    save_array(work / "tokens.npy", ids)
+    if is_othello(args.model):
+        save_array(work / "boards.npy", game.replay(ids))
+    write_manifest(args, key, work, ids, bos, text_tokens, cut)
+    os.replace(work, out)
+
+def model_below(args, device, path, dtype):
+    """(model, tokenizer, block that --layer enters), without the blocks above; checks the flags."""
+    model, tokenizer, blocks = load(path, args.model, device, getattr(torch, dtype))
     if not 0 <= args.layer < len(blocks):
         fail(f"--layer {args.layer}: {args.model} has layers 0 to {len(blocks) - 1} (a final norm "
              "follows the last block, so its output is no residual stream)")
-    block, D = blocks[args.layer], model.config.get_text_config().hidden_size
+    block = blocks[args.layer]
     del blocks[args.layer + 1:]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10 ** 9
     if not 2 <= args.context <= limit:
         fail(f"--context {args.context}: {args.model} takes 2 to {limit} tokens")
-    ids, bos, text_tokens = contexts(args, tokenizer)
-    ids = ids[np.random.default_rng(0).permutation(len(ids))]
-    n_train = len(ids) - max(1, round(HELD_OUT * len(ids)))
-    work, size = out.with_name(out.name + ".partial"), ids.size * D * 2
+    return model, tokenizer, block
+
+def check_room(args, work, out, tokens, D):
+    """Make the folder `work`; is there disk for so many tokens of D numbers?"""
+    size = tokens * D * 2
     work.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(work).free) < 1.05 * size:
         fail(f"--cache-dir {args.cache_dir}: {size / 1e9:.1f} GB needed and {free / 1e9:.1f} GB "
              "free; choose another, or fewer --cache-tokens")
-    print(f"harvest: {ids.size:,} tokens x {D} numbers in fp16, {size / 1e9:.2f} GB, to {out}",
+    print(f"harvest: {tokens:,} tokens x {D} numbers in fp16, {size / 1e9:.2f} GB, to {out}",
           flush=True)
+
+def write_shards(args, device, model, block, ids, work):
+    """The activations of all contexts ids [n, T] but what is dropped, as shards in `work`; those
+    that are there already stay. Returns the norm above which tokens are dropped."""
+    D = model.config.get_text_config().hidden_size
     per_pass = max(1, (4096 if device.type == "cpu" else 65536) // args.context)       # contexts
     norms = [residual_stream(model, block, ids[i:i + per_pass])[:, 1:].norm(dim=-1).flatten()
              for i in range(0, min(64, len(ids)), per_pass)]
@@ -369,27 +387,28 @@ def harvest(args, device, model_path, key, out):
     with tqdm(total=ids.size, desc="harvest", unit="tok", unit_scale=True, disable=None) as bar:
         for s, lo in enumerate(range(0, len(ids), per_shard)):
             shard = ids[lo:lo + per_shard]
-            if not (work / f"acts-{s:05d}.npy").exists():
-                kept, where = [], []
-                for i in range(0, len(shard), per_pass):
-                    x = residual_stream(model, block, shard[i:i + per_pass])
-                    keep = ~(x.norm(dim=-1) > cut)               # NaN stays, to be refused below
-                    keep[:, 0] = False
-                    kept.append(x[keep].half().cpu())
-                    where.append((keep.flatten().nonzero()[:, 0] + (lo + i) * args.context).cpu())
-                    bar.update(keep.numel())
-                kept = torch.cat(kept)
-                if not kept.isfinite().all():
-                    fail(f"--layer {args.layer}: {args.model} gives NaN there, or overflows fp16")
-                save_array(work / f"where-{s:05d}.npy", torch.cat(where).numpy())
-                save_array(work / f"acts-{s:05d}.npy", kept.numpy())
-            else:
+            if (work / f"acts-{s:05d}.npy").exists():
                 bar.update(shard.size)
+                continue
+            kept, where = [], []
+            for i in range(0, len(shard), per_pass):
+                x = residual_stream(model, block, shard[i:i + per_pass])
+                keep = ~(x.norm(dim=-1) > cut)                   # NaN stays, to be refused below
+                keep[:, 0] = False
+                kept.append(x[keep].half().cpu())
+                where.append((keep.flatten().nonzero()[:, 0] + (lo + i) * args.context).cpu())
+                bar.update(keep.numel())
+            kept = torch.cat(kept)
+            if not kept.isfinite().all():
+                fail(f"--layer {args.layer}: {args.model} gives NaN there, or overflows fp16")
+            save_array(work / f"where-{s:05d}.npy", torch.cat(where).numpy())
+            save_array(work / f"acts-{s:05d}.npy", kept.numpy())
     print(f"harvest: {ids.size / (time.perf_counter() - began):,.0f} tokens/s", flush=True)
-    save_array(work / "tokens.npy", ids)
-    if is_othello(args.model):
-        from othello.game import replay
-        save_array(work / "boards.npy", replay(ids))
+    return cut
+
+def write_manifest(args, key, work, ids, bos, text_tokens, cut):
+    """mean.npy and manifest.json of the finished shards in `work`."""
+    n_train = len(ids) - max(1, round(HELD_OUT * len(ids)))
     where = np.concatenate([np.load(p) for p in sorted(work.glob("where-*.npy"))])
     shards = Shards(sorted(work.glob("acts-*.npy")), "--cache-dir")
     n_rows = int((where < n_train * args.context).sum())
@@ -404,7 +423,6 @@ def harvest(args, device, model_path, key, out):
                     files={p.name: p.stat().st_size for p in sorted(work.glob("*.npy"))})
     with replacing(work / "manifest.json", "--cache-dir") as tmp:
         tmp.write_text(json.dumps(manifest, indent=1))
-    os.replace(work, out)
 
 def open_cache(args, device):
     """Source of a language model's activations, harvested now unless the cache has them."""

@@ -133,7 +133,7 @@ def dense_loss(sae, x, state, args):
     total = loss(sae, x)
     with torch.no_grad():
         y = sae.pre_acts(x)
-        count, peak = (y > 0).float().sum(0), y.amax(0).relu().float()
+        count, peak = (y > 0).float().sum(0), y.amax(0).relu()
     terms = dict(loss=total, mse=total, l0=count.sum() / len(x), peak=peak)
     return total, dict(terms, fits=torch.ones_like(total)), count
 

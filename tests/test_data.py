@@ -73,7 +73,7 @@ def test_shards_equal_one_array_and_scaling_is_of_the_training_part(tmp_path):
 
 def test_memory_is_bounded_by_the_buffer_not_the_array(tmp_path):
     """Reading an array three times as large, 0.9 GB, takes at most 100 MB more memory."""
-    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, topk_sae\n"
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, runs, topk_sae\n"
               "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '65536'])\n"
               "source = data.open_source(args, runs.setup(args))\n"
               "for step in range(source.per_epoch): source.batch(step)\n"

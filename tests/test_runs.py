@@ -315,7 +315,7 @@ CHANGES = {                       # flags that change the weights of toy_run, an
     "gamma_down": 0.2, "gamma_up": 0.0, "relu": None, "train_b_dec": None}
 ELSEWHERE = {                     # flags whose effect another test shows
     "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
-    "out", "resume", "compile", "log_every", "save_every", "tied"}
+    "out", "resume", "compile", "dense", "log_every", "save_every", "tied"}
 ONLY_LOGGED = {"dead_after"}      # where no AuxK acts on the dead
 
 def flags_of(variant):

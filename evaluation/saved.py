@@ -1,0 +1,131 @@
+"""Saved SAEs, and the data that they are measured on: what evaluate.py and its like start from."""
+import argparse, json
+from pathlib import Path
+
+import torch
+
+import data
+import runs
+from sources import lm
+
+DATA_FLAGS = "model", "layer", "text", "context", "cache_tokens", "activations", "toy"
+VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
+               gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
+
+# --- saved SAEs -----------------------------------------------------------------------------------
+
+class SAE:
+    """The SAE of a run directory, or of any SAELens 6 directory, for raw activations x [B, D]; its
+    codes are those of SAELens in float32. Fails with one line if damaged, or of another kind."""
+    def __init__(self, path):
+        self.path, (self.cfg, t) = path, runs.load_sae(path)
+        dicts = [self.cfg]                                    # and in it, perhaps:
+        for name in ("metadata", "flags"):
+            dicts.append(dicts[-1].get(name) or {} if isinstance(dicts[-1], dict) else None)
+        if not all(isinstance(d, dict) for d in dicts):
+            runs.fail(f"{path}: damaged: its cfg.json is none of ours and none of SAELens")
+        _, self.meta, self.flags = dicts
+        self.kind, self.k = self.cfg.get("architecture"), self.cfg.get("k")
+        self.d_in, self.d_sae = D, N = self.cfg.get("d_in"), self.cfg.get("d_sae")
+        self.norm = self.cfg.get("normalize_activations") or "none"
+        if not isinstance(self.kind, str) or self.kind not in VECTORS:
+            runs.fail(f"{path}: architecture {self.kind} is not one of {', '.join(VECTORS)}")
+        shapes = dict(W_enc=(D, N), W_dec=(N, D), b_dec=(D,))
+        shapes.update(dict.fromkeys(VECTORS[self.kind], (N,)))
+        if wrong := [f"{n} is {tuple(t[n].shape) if n in t else 'missing'}, not {shape}"
+                     for n, shape in shapes.items() if n not in t or tuple(t[n].shape) != shape]:
+            runs.fail(f"{path}: damaged, or cfg.json of another run: {'; '.join(wrong)}")
+        if extra := t.keys() - shapes.keys():
+            runs.fail(f"{path}: {', '.join(sorted(extra))}: no tensor of architecture {self.kind}")
+        if self.kind == "topk" and not (type(self.k) is int and 1 <= self.k <= N):
+            runs.fail(f"{path}: damaged: cfg.json has k = {self.k} of {N} latents")
+        if self.norm not in ("none", "layer_norm", "constant_norm_rescale") or \
+                self.cfg.get("reshape_activations", "none") != "none":
+            runs.fail(f"{path}: normalize_activations {self.norm}, reshape_activations "
+                      f"{self.cfg.get('reshape_activations')}: not supported; save them folded in")
+        self.t = {n: v.float() for n, v in t.items()}
+        if self.cfg.get("rescale_acts_by_decoder_norm"):      # codes times |d_i|, rows of norm 1
+            norm = self.t["W_dec"].norm(dim=1)
+            self.t.update(W_enc=self.t["W_enc"] * norm, b_enc=self.t["b_enc"] * norm,
+                          W_dec=self.t["W_dec"] / norm[:, None])
+        if bad := [n for n, v in self.t.items() if not v.isfinite().all()]:
+            runs.fail(f"{path}: damaged: NaN or inf in {', '.join(bad)}")
+
+    def to(self, device):
+        self.t = {n: v.to(device) for n, v in self.t.items()}
+        return self
+
+    def normed(self, x):
+        """x as the SAE wants it, and the function that undoes that for x_hat."""
+        if self.norm == "constant_norm_rescale":
+            scale = self.d_in ** 0.5 / x.norm(dim=-1, keepdim=True)
+            return x * scale, lambda x_hat: x_hat / scale
+        if self.norm == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            std = (x - mean).std(-1, keepdim=True)
+            return (x - mean) / (std + 1e-5), lambda x_hat: x_hat * std + mean
+        return x, lambda x_hat: x_hat
+
+    def inputs(self, x):
+        """What the encoder's matrix multiplies, for normed x."""
+        return x - self.t["b_dec"] if self.cfg.get("apply_b_dec_to_input", True) else x
+
+    def codes(self, x):
+        t = self.t
+        pre = self.inputs(x) @ t["W_enc"]                                    # (B, F)
+        if self.kind == "gated":
+            return (pre + t["b_gate"] > 0) * (pre * t["r_mag"].exp() + t["b_mag"]).relu()
+        pre += t["b_enc"]
+        if self.kind == "jumprelu":
+            return pre.relu() * (pre > t["threshold"])
+        if self.kind == "topk":
+            vals, idx = pre.topk(self.k, sorted=False)
+            return torch.zeros_like(pre).scatter_(-1, idx, vals.relu())
+        return pre.relu()
+
+    def both(self, x):
+        """Codes [B, F] and reconstructions [B, D]."""
+        x, undo = self.normed(x)
+        z = self.codes(x)
+        return z, undo(z @ self.t["W_dec"] + self.t["b_dec"])
+
+    def encode(self, x):
+        return self.codes(self.normed(x)[0])
+
+    def __call__(self, x):
+        return self.both(x)[1]
+
+# --- their data -----------------------------------------------------------------------------------
+
+def data_flags(sae, args, default):
+    """Which data an SAE is measured on, as JSON: what its run records, or what the first run that
+    records any does, but for the flags given; with --model or --activations these alone."""
+    given = {k: getattr(args, k) for k in DATA_FLAGS if getattr(args, k) is not None}
+    recorded = {} if given.keys() & {"model", "activations"} else sae.flags or default or {}
+    flags = {k: (recorded | given).get(k) for k in DATA_FLAGS}
+    if not any(flags[k] for k in ("model", "layer", "activations")):
+        runs.fail(f"{sae.path}: records no data of ours; name them with --model and --layer, with "
+                  "--activations, or with --model toy and --toy")
+    numbers = "layer", "context", "cache_tokens"
+    if wrong := [k for k, v in flags.items() if v is not None and not isinstance(
+            v, int if k in numbers else (str, Path))]:
+        runs.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
+    if not flags["activations"] and flags["model"] != "toy":          # the defaults, spelled out
+        defaults = dict(model="smollm2", layer=6, context=lm.default_context(flags["model"]))
+        flags |= {k: v for k, v in defaults.items() if flags[k] is None}
+    return json.dumps(flags, default=str)
+
+def open_data(key, saes, args):
+    """The source behind data_flags; its flags as an attribute."""
+    flags = argparse.Namespace(**json.loads(key), seed=0, batch_size=1, tokens=0)
+    flags.activations = flags.activations and Path(flags.activations)
+    cache = Path(str(saes[0].flags.get("cache_dir")))
+    cache = args.cache_dir or (cache if cache.is_dir() else None)
+    flags.cache_dir = None if flags.activations or flags.model == "toy" else cache
+    names = [str(sae.path) for sae in saes[:3]] + ["..."] * (len(saes) > 3)
+    try:
+        source = data.open_source(flags, args.torch_device)
+    except runs.BadInput as err:
+        runs.fail(str(err), about=", ".join(names) + ": ")
+    source.flags = flags
+    return source

@@ -1,0 +1,113 @@
+"""The tables and the plot of evaluate.py, made from the rows that it measured, one dict a run."""
+import json
+
+import runs
+from evaluation import metrics
+
+ALIKE = "0.7", "0.8", "0.9"
+
+def number(value, form=".4f"):
+    return "\u2013" if value is None or value != value else format(value, form)
+
+def tables(rows):
+    """[(title, note, header, rows of cells)]: what the terminal and the page show of the rows."""
+    pair = lambda r, name, form: f"{number(r[name], form)} \u00b1 {number(r[name + '_se'], form)}"
+    first = rows[0]
+    out = [("Reconstruction and geometry", f"{first['tokens']:,} held-out tokens",
+        "run l0 \u00b1 fvu gamma centred dead c_dec s_n nearest >0.9".split(),
+        [[r["run"], number(r["l0"], ".2f"), number(r["l0_std"], ".1f"), number(r["fvu"]),
+          number(r["gamma"], ".3f"), number(r["gamma_centred"], ".3f"), number(r["dead"], ".2%"),
+          number(r["c_dec"]), number(r["s_n"], ".3f"), number(r["nearest"], ".3f"),
+          number(r["nearest_09"], ".1%")] for r in rows])]
+    if language := [r for r in rows if r.get("language")]:
+        c = language[0]["language"]
+        out.append(("Language model with the reconstruction spliced in",
+            f"{c['contexts']} held-out contexts, {c['tokens']:,} tokens; cross-entropy as it is "
+            f"{c['ce']:.4f}, ablated to zero {c['ce_zero']:.4f}, to the mean {c['ce_mean']:.4f}; "
+            "dropped positions and outliers left as they are",
+            ["run", "ce", "increase", "recovered of zero", "of mean", "kl"],
+            [[r["run"], number(r["language"]["ce_spliced"]), *(pair(r["language"], name, ".4f")
+              for name in ("increase", "recovered_zero", "recovered_mean", "kl"))]
+             for r in language]))
+    if games := [r for r in rows if r.get("boards")]:
+        base = dict(games[0]["boards"]["baselines"])
+        shown = "coverage coverage_one_t published reconstruction t latents legal".split()
+        form = dict(t=".1f", latents="d", legal=".2%")
+        published = lambda b: dict(b, published=b["coverage"] * 2 / 3) if "coverage" in b else b
+        note = (f"{base.pop('positions'):,} positions of {base.pop('games')} held-out games; "
+                f"accuracy of the probe {base['linear probe']['accuracy']:.2%}; x 2/3: to compare "
+                "with Karvonen et al. 2024")
+        every = [(r["run"], r["boards"]) for r in games] + list(base.items())
+        out.append(("Othello: what latents know of the board", note,
+            ["run", "coverage", "one t", "x 2/3", "reconstruction", "at t", "latents",
+             "legal moves"],
+            [[n, *(number(published(b).get(k), form.get(k, ".4f")) for k in shown)]
+             for n, b in every]))
+    if toy := [r for r in rows if r.get("truth")]:
+        names = "mcc mmcs_truth mmcs_learned found f1 absorbed absorbed_alone hedging".split()
+        names = [n for n in names if toy[0]["truth"][n] is not None]
+        short = dict(mmcs_truth="mmcs truth>", mmcs_learned="mmcs <learned", absorbed_alone="alone")
+        out.append(("Recovery of the true features (chance)",
+            f"true L0 {toy[0]['truth']['true_l0']:.2f}; chance: random dictionaries, as sparse",
+            ["run", *(short.get(n, n) for n in names)], [[r["run"], *(
+                f"{number(r['truth'][n], '.3f')} ({number(r['truth']['chance'][n], '.2f')})"
+                for n in names)] for r in toy]))
+    return out
+
+def print_table(title, note, header, rows):
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    print(f"\n{title}: {note}")
+    for row in [header, *rows]:
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w)
+                        for i, (c, w) in enumerate(zip(row, widths))))
+
+def plot(groups, path):
+    """The frontier as a picture: L0 against FVU, and against cross-entropy recovered if known."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        runs.fail("--plot needs matplotlib; pip install matplotlib")
+    panels = [(g, k) for g in groups for k in ("fvu", "language") if any(k in r for r in g["rows"])]
+    fig, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for ax, (group, key) in zip(axes[0], panels):
+        by = {}
+        for r in group["rows"]:
+            y = r.get("fvu") if key == "fvu" else (r.get("language") or {}).get("recovered_mean")
+            label = r["variant"].replace("$", r"\$")
+            by.setdefault(label, []).append((r["l0"], float("nan") if y is None else y))
+        for n, (label, points) in enumerate(by.items()):
+            ax.plot(*zip(*sorted(points)), "os^Dv<>PX*"[n % 10] + "-", lw=0.8, ms=5, label=label,
+                    color=f"C{n % 10}", mfc="none" if n >= 10 else None)
+        ax.set(xscale="log", xlabel="L0", title=group["data"][:70].replace("$", r"\$"),
+               ylabel="FVU" if key == "fvu" else "cross-entropy recovered (mean ablation)")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.title.set_fontsize(8)
+        ax.legend(fontsize=7)
+    fig.tight_layout()
+    with runs.replacing(path, "--plot") as tmp:
+        fig.savefig(tmp, format=path.suffix[1:], dpi=150)
+    plt.close(fig)
+    return path
+
+def agreement(measured):
+    """Agreement between the seeds of each setting: added to its rows; a table, if there is any."""
+    groups, lines, skip = {}, [], runs.FREE_TO_CHANGE | {"seed"}
+    for sae, row, (_, peak, _) in measured:
+        if "seed" in sae.flags:
+            key = json.dumps({k: v for k, v in sae.flags.items() if k not in skip}, sort_keys=True)
+            groups.setdefault(key, {})[sae.flags["seed"]] = sae, row, peak
+    for group in map(list, map(dict.values, groups.values())):
+        if len(group) > 1:
+            result = metrics.consistency([(sae.t["W_dec"], peak) for sae, _, peak in group])
+            for _, row, _ in group:
+                row["consistency"] = result
+            lines += [[group[0][1]["run"], str(len(group)), number(result["matched_cosine"], ".3f"),
+                       number(result["order"], ".3f"), f"{a['share']:.1%}",
+                       *(number(a[t], ".3f") for t in ALIKE)] for a in result["alike"]]
+    note = ("cosine of latents matched one to one; order; of the share with the largest "
+            "activations, how many another seed has at a cosine above")
+    header = ["first of", "runs", "matched", "order", "share", *ALIKE]
+    return lines and ("Agreement between seeds", note, header, lines)

@@ -81,8 +81,7 @@ def text(tmp_path_factory):
     path.write_text("\n".join(" ".join(rng.choice(words, 12)) for _ in range(1200)))
     return path
 
-@pytest.fixture(scope="session", params=["gpt2", "llama", "neox"])
-def tiny_lm(request, tmp_path_factory, text):
+def random_lm(kind, folder, text):
     """A random causal LM with 4 blocks of width 32 and its own tokenizer, saved to a directory."""
     import transformers as tf
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -92,19 +91,31 @@ def tiny_lm(request, tmp_path_factory, text):
         vocab_size=300, special_tokens=["<|endoftext|>"]))
     torch.manual_seed(0)
     size = dict(vocab_size=300, bos_token_id=0, eos_token_id=0)
-    if request.param == "gpt2":
+    if kind == "gpt2":
         model = tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=4, n_embd=32, n_head=4, **size))
-    elif request.param == "llama":
+    elif kind == "llama":
         model = tf.LlamaForCausalLM(tf.LlamaConfig(
             num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
     else:
         model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
             num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
-    path = tmp_path_factory.mktemp("lm") / request.param
+    path = folder / kind
     model.save_pretrained(path)
     tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
                                bos_token="<|endoftext|>").save_pretrained(path)
     return path
+
+KINDS = "gpt2", "llama", "neox"
+
+@pytest.fixture(scope="session", params=KINDS)
+def every_lm(request, tmp_path_factory, text):
+    """The directory of a random causal LM, of three architectures."""
+    return random_lm(request.param, tmp_path_factory.mktemp("lm"), text)
+
+@pytest.fixture(scope="session", params=[KINDS[0], *(pytest.param(k, marks=pytest.mark.claims) for k in KINDS[1:])])
+def tiny_lm(request, tmp_path_factory, text):
+    """The same; in the quick run of the first architecture alone."""
+    return random_lm(request.param, tmp_path_factory.mktemp("lm"), text)
 
 # --- CLAIMS.md: tests/claims.py -------------------------------------------------------------------
 
@@ -116,8 +127,17 @@ def claim(request):
 def pytest_addoption(parser):
     parser.addoption("--claims", metavar="CLAIMS.md", help="write the table of the papers' claims into this file")
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """A worker of pytest -n has ended: what it measured becomes this process's."""
+    if hasattr(node, "workeroutput"):
+        claims.merge(node.workeroutput["claims"])
+
 def pytest_sessionfinish(session):
     config = session.config
+    if hasattr(config, "workeroutput"):                       # a worker: see above
+        config.workeroutput["claims"] = claims.dump()
+        return
     if path := config.getoption("--claims"):
         command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
         good, line = claims.write(path, command, session.testsfailed)

@@ -71,6 +71,7 @@ def test_shards_equal_one_array_and_scaling_is_of_the_training_part(tmp_path):
     scaled = (x[rows] - x[rows].mean(0)) * one.scale
     assert np.isclose(np.linalg.norm(scaled, axis=1).mean(), 5 ** 0.5, rtol=1e-5)
 
+@pytest.mark.claims
 def test_memory_is_bounded_by_the_buffer_not_the_array(tmp_path):
     """Reading an array three times as large, 0.9 GB, takes at most 100 MB more memory."""
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, runs, topk_sae\n"
@@ -119,10 +120,10 @@ def only_cache(tmp_path):
     (folder,) = caches(tmp_path)
     return folder
 
-def test_layer_is_the_hidden_state(tiny_lm, text):
+def test_layer_is_the_hidden_state(every_lm, text):
     """--layer L is hidden_states[L]: exactly, for every L and three architectures."""
     for layer in range(4):
-        model, tokenizer, blocks = lm.load(tiny_lm, "x", CPU, torch.float32)
+        model, tokenizer, blocks = lm.load(every_lm, "x", CPU, torch.float32)
         ids = np.random.default_rng(0).integers(0, 300, (5, 16))
         with torch.no_grad():
             expected = model(torch.from_numpy(ids), output_hidden_states=True).hidden_states[layer]
@@ -243,6 +244,7 @@ def test_a_long_document_is_tokenised_no_further_than_needed(tiny_lm, tmp_path):
     args = parse_args(["--context", "16", "--text", str(tmp_path / "long.txt"), "--cache-tokens", "2000"])
     assert lm.contexts(args, Counting())[0].size == 2000 and sum(seen) < 200_000
 
+@pytest.mark.claims
 def test_two_processes_harvest_once(tiny_lm, text, tmp_path):
     """Started together with nothing cached, both end well, with one cache and no leftovers."""
     runs = [subprocess.Popen([sys.executable, ROOT / "topk_sae.py", "--layer", "1", "--out", tmp_path / name,

@@ -1,27 +1,124 @@
-"""The house: shared spans, layout, file sizes, README commands."""
+"""The house: which way imports go, shared spans, sizes of files and texts, and commands that stand in them."""
+import ast
 import difflib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
 import claims
+import shared
 from conftest import ROOT, run_script
 
-SCRIPTS = sorted(ROOT.glob("*_sae.py"))
+SCRIPTS = shared.SCRIPTS
+OURS = sorted(p for p in ROOT.rglob("*.py") if "tests" not in p.parts and ".venv" not in p.parts
+              and not {"build", "runs"} & set(p.relative_to(ROOT).parts))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("othello/*.md")])
 
-def spans(path):
-    text = path.read_text()
-    found = re.findall(r"^( *)# \[shared: (\w+)\]\n(.*?)^\1# \[/shared: \2\]$", text, re.M | re.S)
-    assert len(found) == text.count("# [shared: ") == text.count("# [/shared: "), path.name
-    return {name: body for _, name, body in found}
+# --- imports --------------------------------------------------------------------------------------
+
+def module(path):
+    """'sources.lm' for sources/lm.py; what stands in benchmarks/ is imported by its bare name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[1:] if parts[0] == "benchmarks" else parts).removesuffix(".__init__")
+
+MODULES = {module(path): path for path in OURS}
+
+def imported(node):
+    """The modules of ours that an import statement names."""
+    if isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        return {name if name in MODULES else node.module for name in names} & MODULES.keys()
+    return {alias.name for alias in node.names} & MODULES.keys()
+
+def imports(text):
+    """Of a file: the modules of ours that it imports, and those that a function imports."""
+    def find(node, inside):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Import, ast.ImportFrom)):
+                found.update(imported(child))
+                hidden.update(imported(child) if inside else ())
+            find(child, inside or isinstance(child, (ast.FunctionDef, ast.Lambda)))
+    found, hidden = set(), set()
+    find(ast.parse(text), False)
+    return found, hidden
+
+def circle(graph):
+    """Modules of which each imports the next, and the last the first; [] if there are none."""
+    done = set()
+    def walk(name, path):
+        if name in path:
+            return [*path[path.index(name):], name]
+        if name in done:
+            return []
+        found = next(filter(None, (walk(other, [*path, name]) for other in sorted(graph[name]))), [])
+        done.add(name)
+        return found
+    return next(filter(None, (walk(name, []) for name in sorted(graph))), [])
+
+def test_imports_go_one_way():
+    """No circle, and no import of ours inside a function; the layers are those of CONTRIBUTING.md."""
+    found = {name: imports(path.read_text()) for name, path in MODULES.items()}
+    graph = {name: there for name, (there, _) in found.items()}
+    assert not {name: hidden for name, (_, hidden) in found.items() if hidden}
+    assert circle(graph) == []
+    assert graph["runs"] == graph["sparse"] == set()
+    for path in SCRIPTS:
+        assert graph[path.stem] == {"data", "runs", "sparse"}, path.name
+    for name in graph:
+        if name.startswith("sources"):
+            rooms = {other.partition(".")[0] for other in graph[name]}
+            assert rooms <= {"sources", "runs", "othello"}, name
+        knows_a_method = {path.stem for path in SCRIPTS} & graph[name]
+        assert not knows_a_method or MODULES[name].parent.name == "benchmarks", name
+
+def test_the_finders_of_bad_imports_find_them():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    text = "import torch\nfrom sources import lm\ndef f():\n    import runs\n    import scipy\n"
+    assert imports(text) == ({"sources.lm", "runs"}, {"runs"})
+    assert imports("from sources.lm import load\nimport evaluation.metrics")[0] == {"sources.lm", "evaluation.metrics"}
+
+def test_scripts_need_little():
+    """What a script imports beside ours; its class and its textbook loss: test_losses.py."""
+    for path in SCRIPTS:
+        names = set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+        assert names <= {"argparse", "math", "pathlib", "torch", "data", "runs", "sparse"}, path.name
+
+def test_importing_does_nothing():
+    for name in [path.stem for path in SCRIPTS] + ["evaluate"]:
+        code = f"import {name}, sys; print([m for m in ('transformers', 'scipy', 'matplotlib') if m in sys.modules])"
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
+        if name != SCRIPTS[0].stem:
+            break                                             # one script and evaluate.py: for time
+
+def test_nothing_of_ours_can_be_installed():
+    """`pip install .` must not put modules named data or runs among a user's packages."""
+    text = (ROOT / "pyproject.toml").read_text()
+    assert "\npy-modules = []\n" in text and "\npackages = []\n" in text
+
+# --- spans, sizes, docstrings ---------------------------------------------------------------------
 
 def test_shared_spans_are_identical():
-    first = {}
-    for path in SCRIPTS:
-        for name, body in spans(path).items():
-            assert first.setdefault(name, body) == body, f"[shared: {name}] differs in {path.name}"
-    assert {"flags", "sparse", "positive", "penalty", "schedule", "step", "start", "loop"} <= set(first)
+    different, having = shared.differing()
+    assert not different, f"{different}; python tests/shared.py --sync SCRIPT copies them"
+    assert {"flags", "state", "schedule", "step", "start", "loop"} <= {
+        name for name, have in having.items() if len(have) == len(SCRIPTS)}
+    assert all(len(have) > 1 for have in having.values())
+
+def test_sync_copies_spans(tmp_path, monkeypatch):
+    one, two = tmp_path / "a_sae.py", tmp_path / "b_sae.py"
+    one.write_text("# [shared: x]\n1\n# [/shared: x]\ndef f():\n    # [shared: y]\n    2\n    # [/shared: y]\n")
+    two.write_text("before\n# [shared: x]\n# [/shared: x]\nafter\n# [shared: z]\n3\n# [/shared: z]\n")
+    monkeypatch.setattr(shared, "ROOT", tmp_path)
+    monkeypatch.setattr(shared, "SCRIPTS", [one, two])
+    assert list(shared.differing()[0]) == ["x"]
+    shared.sync("a_sae.py")
+    assert two.read_text() == "before\n# [shared: x]\n1\n# [/shared: x]\nafter\n# [shared: z]\n3\n# [/shared: z]\n"
+    assert not shared.differing()[0]
 
 def verbatim(lines, base):
     """Which of the lines also stand in base, in the same order."""
@@ -29,68 +126,106 @@ def verbatim(lines, base):
     return {i for block in blocks for i in range(block.b, block.b + block.size)}
 
 def test_most_lines_stand_verbatim_elsewhere():
-    """At least 70 % of the lines of gated_sae.py and topk_sae.py are vanilla_sae.py's, in its order; of
-    each later script's lines, vanilla_sae.py's, topk_sae.py's or its other neighbours' (60 % of
-    gba_sae.py's, whose weights are tied and which has its statistics instead of a term). Prints them."""
+    """At least half of a script's lines stand in another one, in its order. Prints how many."""
     text = {path.name: path.read_text().splitlines() for path in SCRIPTS}
     for name, lines in text.items():
         same = {other: verbatim(lines, base) for other, base in text.items() if other != name}
         anywhere = set().union(*same.values())
         print(f"{name}: {len(lines)} lines, {len(anywhere) / len(lines):.0%} in another script; "
               + ", ".join(f"{len(found) / len(lines):.0%} in {other}" for other, found in same.items()))
-        if name in ("gated_sae.py", "topk_sae.py"):
-            assert len(same["vanilla_sae.py"]) >= 0.7 * len(lines), name
-        assert len(anywhere) >= (0.6 if name == "gba_sae.py" else 0.7) * len(lines), name
+        assert len(anywhere) >= 0.5 * len(lines), name
 
 def test_files_keep_their_size():
-    limits = {"vanilla_sae.py": 350, "gated_sae.py": 350, "topk_sae.py": 300, "toy.py": 202,
-              "ordered_sae.py": 380, "matryoshka_sae.py": 390, "gba_sae.py": 405}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("othello/*.py")]:
+    """Ceilings, with room below them: a comment more must not fail here."""
+    limits = {"topk_sae.py": 260, "vanilla_sae.py": 290, "gated_sae.py": 290, "ordered_sae.py": 310,
+              "matryoshka_sae.py": 335, "gba_sae.py": 335, "data.py": 150}
+    for path in OURS:
         lines = path.read_text().splitlines()
-        assert len(lines) <= limits.get(path.name, 450), path.name
-        assert max(map(len, lines)) <= 100, path.name
+        assert len(lines) <= limits.get(path.name, 500), f"{path.name}: {len(lines)} lines"
+        if path.parent.name != "benchmarks":
+            assert max(map(len, lines), default=0) <= 100, path.name
 
-def test_scripts_import_only_data_of_ours():
-    ours = {p.stem for p in ROOT.glob("*.py")} - {"data"}
-    for path in SCRIPTS:
-        imported = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M)
-        assert not ours & set(imported) and set(imported) <= {
-            "argparse", "copy", "math", "pathlib", "torch", "tqdm", "safetensors", "numpy", "data"}
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (
+        ast.FunctionDef, ast.ClassDef, ast.Module))]
 
-def readme_commands():
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].replace("$k", "16") for b in blocks for line in b.splitlines()]
-    parts = [part.strip().removeprefix("do ") for line in lines for part in re.split("&&|;", line)]
-    return [part for part in parts if "_sae.py" in part or "evaluate.py" in part]
+def test_docstrings_are_short():
+    for path in OURS:
+        for node in functions(path) if path.parent.name != "evaluation" or path.name != "metrics.py" else ():
+            text = ast.get_docstring(node, clean=False) or ""
+            limit = 45 if path.parent.name == "benchmarks" else 37 if isinstance(node, ast.Module) else 35
+            assert len(text.splitlines()) <= limit, f"{path.name}, {getattr(node, 'name', 'module')}"
+
+def test_the_harvest_is_in_short_functions():
+    for node in functions(ROOT / "sources/lm.py"):
+        if isinstance(node, ast.FunctionDef) and node.name in (
+                "harvest", "model_below", "check_room", "write_shards", "write_manifest"):
+            assert node.end_lineno - node.lineno < 40, node.name
+
+# --- texts and their commands ---------------------------------------------------------------------
+
+def test_readme_is_one_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 12_000 and len(text.split()) <= 1800
+    assert sum(c.isdigit() for c in text) / len(text) < 0.045
+    for path in SCRIPTS:                                      # its column of lines, roughly
+        stated = int(re.search(rf"^\| \[{path.name}\].*\| (\d+) \|$", text, re.M)[1])
+        assert abs(stated - len(path.read_text().splitlines())) <= 15, path.name
 
 def test_readme_names_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert "pip install -r requirements.txt && python topk_sae.py --layer 6\n" in text
     assert "pip install -r requirements.txt && pytest\n" in text
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_flags_exist(command):
-    """Every command of the README parses; those on toys also run, shortened."""
-    argv = shlex.split(command)
-    script = next(i for i, word in enumerate(argv) if word.endswith(("_sae.py", "evaluate.py")))
-    module = __import__(argv[script][:-3])
-    module.parse_args(argv[script + 1:])
+COMMAND = re.compile(r"(?:python|torchrun(?: --\S+ \d+)*) +(\S+\.py)\b")
+
+def commands(page):
+    """The commands of a page that run a file of ours, without comments."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(), re.S)
+    lines = [line.split(" #")[0].replace("$k", "16") for b in blocks for line in b.replace("\\\n", " ").splitlines()]
+    parts = [part.strip().removeprefix("do ") for line in lines for part in re.split("&&|;", line)]
+    return [part for part in parts if COMMAND.match(part)]
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_parse(page):
+    """Every command of a page: its file exists, its flags are real, and, of scripts and evaluate.py, it parses."""
+    for command in commands(page):
+        script = COMMAND.match(command)[1]
+        assert (ROOT / script).is_file(), command
+        argv = shlex.split(command[COMMAND.match(command).end():])
+        if script.endswith("_sae.py") or script == "evaluate.py":
+            __import__(script[:-3]).parse_args(argv)
+        else:
+            text = (ROOT / script).read_text() + (ROOT / "data.py").read_text()
+            assert all(f'"{word}"' in text for word in argv if word.startswith("--")), command
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Files that a page links exist; links to lines of the code name what stands there, or near by."""
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    for name, path, line in shared.LINK.findall(page.read_text()):
+        there = shared.line_of(name, ROOT / path)
+        assert abs(there - int(line)) <= 20, f"{name} is at {path}:{there}; python tests/shared.py --links"
 
 def test_readme_toy_commands_run(tmp_path):
-    commands = [c for c in readme_commands() if "--model toy" in c]
-    assert commands
-    for i, command in enumerate(commands):
-        argv = shlex.split(command)[1:]
-        run = run_script(*argv, "--tokens", 20480, "--out", tmp_path / str(i))
+    found = [c for c in commands(ROOT / "README.md") if "--model toy" in c]
+    assert found
+    for i, command in enumerate(found):
+        run = run_script(*shlex.split(command)[1:], "--tokens", 20480, "--out", tmp_path / str(i))
         assert run.returncode == 0 and "held out" in run.stdout, run.stderr
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
-def test_help_is_complete(script):
-    run = run_script(script.name, "--help")
-    assert run.returncode == 0 and run.stdout.count("  --") >= 20 and "arXiv" in run.stdout
+def test_help_is_complete(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __import__(script.stem).parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.count("  --") >= 20 and "arXiv" in out
+
+# --- docs/CLAIMS.md -------------------------------------------------------------------------------
 
 def test_claims_page_is_that_of_the_tests():
-    """CLAIMS.md has a row for each call of claim() in the tests, with its words, and for each of those that
+    """docs/CLAIMS.md has a row for each call of claim() in the tests, with its words, and for each of those that
     a committed table shows, with its numbers; and no other row. Numbers of the first kind are compared
     when their test runs."""
     page = claims.page_rows()
@@ -98,9 +233,9 @@ def test_claims_page_is_that_of_the_tests():
         assert page.pop((row.shown, row.claim), None) == row, f"{row}; run python tests/claims.py"
     for row in claims.calls():
         there = page.pop((row.shown, row.claim), None)
-        assert there and there._replace(ours=row.ours) == row, f"{row}; run pytest --claims CLAIMS.md"
-        assert claims.ranges(row.ours, there.ours) is not None, f"{row}; run pytest --claims CLAIMS.md"
-    assert not page, f"nothing shows {list(page)}; run pytest --claims CLAIMS.md"
+        assert there and there._replace(ours=row.ours) == row, f"{row}; run pytest -m claims --claims docs/CLAIMS.md"
+        assert claims.ranges(row.ours, there.ours) is not None, f"{row}; run pytest -m claims --claims docs/CLAIMS.md"
+    assert not page, f"nothing shows {list(page)}; run pytest -m claims --claims docs/CLAIMS.md"
 
 def test_claims_page_is_compared():
     """What a test measures fits its row, or the difference is named: other words, other numbers, and

@@ -105,6 +105,7 @@ def test_matryoshka_loss_equals_the_loop_over_its_levels(widths, balance, k):
     if len(widths) == 1 or balance == 0:
         assert torch.allclose(loss, terms["mse"])
 
+@pytest.mark.claims
 def test_one_law_two_files(claim):
     """With a law of five groups and all entries positive, the ordered loss is the mean of
     Matryoshka's levels: the two files' losses agree on the same codes (k = F)."""
@@ -158,6 +159,7 @@ def test_groups_law_is_that_of_matryoshka_for_any_width():
         p = ordered_sae.prefix_law(args)
         assert torch.allclose(p[[w - 1 for w in widths]], torch.tensor(1 / len(widths)).double())
 
+@pytest.mark.claims
 def test_compiles_only_the_last_k(tmp_path):
     """With --compile the loss is compiled for the k that stays, not for each k on the way."""
     if not any(map(shutil.which, runs.COMPILERS)):

@@ -200,6 +200,7 @@ def test_loss_against_an_explicit_loop():
     assert all(map(torch.equal, late, train.batch(32, 5, 33)))
     assert torch.equal(late[0], train.new_games(1024, 5, 1)[0][32:64])
 
+@pytest.mark.claims
 def test_training_learns_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys):
     flags = "--games", "960", "--batch-size", "32"
     train.main([*flags, "--out", str(tmp_path / "whole")])
@@ -277,6 +278,7 @@ def test_the_committed_model_plays_legal_moves():
     torch.manual_seed(0)
     assert train.measure(GPT().eval(), 50, 8)[0] < 0.25
 
+@pytest.mark.claims
 def test_source_has_boards_beside_the_tokens(run):
     """Tokens are legal games, boards.npy their boards; a row's x is the residual stream of that place,
     after the move, and its properties are of the side to move next; position 0 has no row."""
@@ -310,6 +312,7 @@ def test_labels_after_a_pass_are_of_the_side_that_is_really_to_move():
             swapped += slow.side != ("white" if i % 2 == 0 else "black")
     assert swapped > 100                        # places where parity is wrong
 
+@pytest.mark.claims
 def test_untrained_model_is_another_and_repeatable(run, tmp_path):
     a, b = (folder("othello-untrained", tmp_path / n) for n in "ab")
     assert lm.model_hash(a, "othello") == lm.model_hash(b, "othello") != lm.model_hash(b)
@@ -330,6 +333,7 @@ def test_damaged_weights_are_named(tmp_path, monkeypatch, one_line):
     monkeypatch.setattr("othello.model.folder", lambda name, cache: tmp_path)
     one_line(lambda: opened(tmp_path / "c"), "--model othello", "cannot load")
 
+@pytest.mark.claims
 def test_evaluate_says_what_latents_know(run, tmp_path):
     """The table, its baselines, evaluation.json, latents as boards, and the page, by the command line."""
     cache, path = run
@@ -361,6 +365,7 @@ def test_too_few_games_are_refused_in_a_line(tmp_path, one_line):
     source = opened(tmp_path, "--cache-tokens", "1180")                  # 20 games, one held out
     one_line(lambda: boards.HeldOut(source), "--cache-tokens", "5900")
 
+@pytest.mark.claims
 def test_baselines_are_what_they_say(run):
     """The neurons are those of the MLP that writes last to x; the legal rate with x in its own place is
     the model's; with the mean there, hardly any move is legal."""
@@ -379,6 +384,7 @@ def test_baselines_are_what_they_say(run):
     mean = source.mean
     assert boards.legal_rate(model, blocks[6], 1e9, held, mean.expand_as) < 0.6 < legal
 
+@pytest.mark.claims
 def test_probe_recovers_a_planted_board(run):
     """On x that is a linear picture of the board the probe is right everywhere; on noise it is not."""
     source = opened(run[0])
@@ -394,6 +400,7 @@ def test_probe_recovers_a_planted_board(run):
     assert planted(2 * truth - 1) > 0.999
     assert planted(torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))) < 0.75
 
+@pytest.mark.claims
 def test_steering(run):
     """Errors by hand; edits are what they say; the probe's direction points from the old owner to the new,
     as the probe itself sees; a probe's edit makes fewer errors than none and than the reverse edit, by two
@@ -436,6 +443,7 @@ def test_steering(run):
     rows = re.findall(r"(none|random latents|SAE latent|probe) +([\d.]+) +([\d.]+) +-?[\d.]+ ± [\d.]+ +([\d.]+)%", done.stdout)
     assert [r[0] for r in rows] == ["none", "random latents", "SAE latent", "probe"]
 
+@pytest.mark.claims
 def test_steering_refuses_short_contexts(run, tmp_path, one_line):
     cfg = json.loads((run[1] / "cfg.json").read_text())
     cfg["metadata"]["flags"] |= dict(context=30, cache_tokens=12000)
@@ -443,6 +451,7 @@ def test_steering_refuses_short_contexts(run, tmp_path, one_line):
     (tmp_path / "sae_weights.safetensors").write_bytes((run[1] / "sae_weights.safetensors").read_bytes())
     one_line(lambda: steer.main([str(tmp_path)]), "--context 30", "at least 54")
 
+@pytest.mark.claims
 def test_steering_refuses_other_runs(tmp_path):
     done = run_script("topk_sae.py", "--model", "toy", "--tokens", 4096, "--out", tmp_path / "toy", "--k", 5)
     assert done.returncode == 0

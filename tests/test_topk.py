@@ -17,6 +17,7 @@ def args_of(*argv):
 
 # --- recovery: claim, margin, control -------------------------------------------------------------
 
+@pytest.mark.claims
 @pytest.mark.parametrize("toy, k, bound, seeds", [("flat", 5, 0.985, (10, 11, 12)),
                                                   ("song", 3, 0.967, (10, 11, 12, 13, 14))])
 def test_recovers_the_features(toy, k, bound, seeds, tmp_path, claim):

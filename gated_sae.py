@@ -105,8 +105,7 @@ def loss(sae, x, l1, p=1):
     gate = ((x - sae.b_dec) @ sae.W_enc + sae.b_gate).relu()                         # (B, F)
     aux_hat = gate @ sae.W_dec.detach() + sae.b_dec.detach()                         # (B, D)
     aux = (x - aux_hat).pow(2).sum(1).mean()
-    powers = gate if p == 1 else (gate + EPS) ** p - EPS ** p
-    penalty = powers.sum(1).mean()
+    penalty = (gate if p == 1 else (gate + EPS) ** p - EPS ** p).sum(1).mean()
     return mse + l1 * penalty + aux, dict(mse=mse, penalty=penalty, aux=aux), (z, gate)
 
 def dense_loss(sae, x, state, args):
@@ -192,9 +191,8 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     # [/shared: form]
     # [shared: before]
     p_now, p_next = p_at(step, args), p_at(step + 1, args)
-    constant = p_next == 1                                         # so far
-    state["p"] = None if constant else x.new_full((), p_now)
-    state["p_next"] = None if constant else x.new_full((), p_next)
+    state["p"], state["p_next"] = (None, None) if p_next == 1 else (
+        x.new_full((), p_now), x.new_full((), p_next))
     state["weight"] = state["l1"] * min(1, (step + 1) / args.l1_warmup)
     # [/shared: before]
     # [shared: step]

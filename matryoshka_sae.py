@@ -100,9 +100,9 @@ class MatryoshkaSAE(nn.Module):
 
     def activate(self, pre):
         if self.training:
-            vals, at = pre.flatten().topk(round(self.k * len(pre)), sorted=False)
-            return torch.zeros_like(pre).put_(at, vals.relu())               # (B, F)
-        return pre * (pre > self.threshold)                                  # which is >= 0
+            vals, flat = pre.flatten().topk(round(self.k * len(pre)), sorted=False)
+            return torch.zeros_like(pre).put_(flat, vals.relu())             # (B, F)
+        return pre * (pre > self.threshold)                                  # a threshold is >= 0
 
     def encode(self, x):
         return self.activate(self.pre_acts(x))                               # (B, F)

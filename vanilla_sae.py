@@ -114,8 +114,7 @@ def loss(sae, x, l1, p=1):
     """The textbook: plain autograd, the equations above; p < 1 is for --p-end."""
     z = sae.encode(x)                                                                # (B, F)
     mse = (x - sae.decode(z)).pow(2).sum(1).mean()
-    powers = z if p == 1 else (z + EPS) ** p - EPS ** p
-    penalty = powers.sum(1).mean()
+    penalty = (z if p == 1 else (z + EPS) ** p - EPS ** p).sum(1).mean()
     return mse + l1 * penalty, dict(mse=mse, penalty=penalty), z
 
 def dense_loss(sae, x, state, args):
@@ -197,9 +196,8 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     # [/shared: form]
     # [shared: before]
     p_now, p_next = p_at(step, args), p_at(step + 1, args)
-    constant = p_next == 1                                         # so far
-    state["p"] = None if constant else x.new_full((), p_now)
-    state["p_next"] = None if constant else x.new_full((), p_next)
+    state["p"], state["p_next"] = (None, None) if p_next == 1 else (
+        x.new_full((), p_now), x.new_full((), p_next))
     state["weight"] = state["l1"] * min(1, (step + 1) / args.l1_warmup)
     # [/shared: before]
     # [shared: step]

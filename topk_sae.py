@@ -17,7 +17,7 @@ has the reasons and the smaller ones):
   - x is centred and scaled by constants, which fold into the saved weights; theirs is normalised
     token by token. They divide the error by the variance of x, which is about D here: so D * aux.
   - Dead means silent for 1 % of the run's tokens, if that is less than the paper's 10M.
-  - W_enc starts at min(1, 2 D / F) W_dec.T; theirs at W_dec.T.
+  - W_enc starts at min(1, 2 D / F) W_dec.T, at which x_hat is x on average.
   - Rows of W_dec get norm 1 after the step, not before it. Weights are not averaged.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores

@@ -14,13 +14,6 @@ Geometry, of the decoder's rows d_i at norm 1 (Chanin and Garriga-Alonso 2025, '
              12000 of 32768); in scaled units, where E|x'| = sqrt(D)
              On toys both are lowest near the true L0
   nearest    largest cosine with another latent: mean and median over latents, share above 0.9
-Language model, x_hat spliced in at its layer; position 0 and outliers, which no SAE was trained on,
-stay as they are, under ablation too; predictions made at position 0 do not count
-  ce         cross-entropy in nats a token: as it is, ablated to zero or to the mean, with x_hat
-  recovered  (ce ablated - ce spliced) / (ce ablated - ce), of sums; from zero and from the mean
-  kl         KL(as it is || spliced), nats a token
-  increase   ce spliced - ce
-  _se        one standard error, as if contexts were independent; of the ratio, by linearisation
 Ground truth, of toys with features v_j [n, D]; chance: 5 random dictionaries, as many active
   mcc        mean signed cosine of the min(n, F) pairs of the best one-to-one matching
   mmcs_truth, mmcs_learned    mean over features of the best latent's cosine; the other way round
@@ -34,7 +27,7 @@ Ground truth, of toys with features v_j [n, D]; chance: 5 random dictionaries, a
              latents d, P projecting on the span of the features that have no latent; q0: on as many
              random directions. Chanin et al. 2025 (2505.11756) train a wider SAE to find these
              features; here they are known. Only where F < n, and fewer than D have none
-Agreement of seeds: `consistency`
+Language models: `language`. Agreement of seeds: `consistency`.
 """
 import itertools
 
@@ -186,8 +179,14 @@ def cross_entropies(model, block, cut, ids, replacements):
     return out
 
 def language(saes, model, block, cut, mean, ids):
-    """Yields ce, recovered and kl of each SAE on token ids [n, T] of held-out contexts. block: what
-    x enters; cut: the norm above which x stays; mean [D]: what ablation to the mean puts there."""
+    """Yields, of each SAE on token ids [n, T] of held-out contexts, with x_hat spliced in at `block`,
+      ce         cross-entropy in nats a token: as it is, ablated to zero or to mean [D], with x_hat
+      recovered  (ce ablated - ce spliced) / (ce ablated - ce), of sums; from zero and from the mean
+      kl         KL(as it is || spliced), nats a token
+      increase   ce spliced - ce
+      _se        a standard error, as if contexts were independent; of the ratio, by linearisation
+    Position 0 and outliers, of norms above `cut`, which no SAE was trained on, stay as they are,
+    under ablation too; predictions made at position 0 do not count."""
     ways = [lambda x: x, torch.zeros_like, mean.expand_as, *saes]
     results, per_pass = [], max(1, 1024 // ids.shape[1])
     with tqdm(total=ids.size, desc="language model", unit="tok", disable=None) as bar:

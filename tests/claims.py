@@ -1,11 +1,11 @@
-"""CLAIMS.md: a row for each claim of the papers, from what tests measure and from committed tables.
+"""docs/CLAIMS.md: a row for each claim of the papers, from what tests measure and from committed tables.
 
 A test that holds a claim calls the fixture `claim` after its asserts, which make the verdict true:
 
     claim("gated", "what it says", "the paper's figure", "ours, {fvu:.2f}", "reproduced", fvu=values)
 
 `fvu` is a number or several; those of all calls (seeds) become one range; tol=dict(fvu=.1) says how far it
-may be from the page's, where the rule in `differs` does not fit. `pytest --claims CLAIMS.md`
+may be from the page's, where the rule in `differs` does not fit. `pytest -m claims --claims docs/CLAIMS.md`
 writes the page, if every such test ran; any other session compares what it measured with the page.
 `python tests/claims.py` writes it with the rows of extra() alone made anew.
 """
@@ -25,26 +25,30 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "CLAIMS.md"
+PAGE = ROOT / "docs/CLAIMS.md"
+COMMAND = "pytest -m claims --claims docs/CLAIMS.md"
 MARK = "<!-- Above: written by pytest --claims. Below: written by hand, and left as it is. -->"
 COLUMNS = "paper", "claim", "the paper's figure", "ours", "shown by", "verdict"
 Row = namedtuple("Row", "paper claim figure ours shown verdict")
 NUMBER = r"[-+]?\d[\d.]*%?"
 
-arxiv = lambda who, number: f"{who}, [{number}](https://arxiv.org/abs/{number})"
+def arxiv(who, number, read=""):
+    """A paper as the page names it; `read` says what was read of it where its text was not at hand."""
+    return f"{who}, [{number}](https://arxiv.org/abs/{number})" + f" ({read})" * bool(read)
+
 PAPERS = {                                          # in the order of the page
-    "bricken": "Sharkey et al. 2022, Bricken et al. 2023",
+    "bricken": "Sharkey et al. 2022 (replications by others read, not the text), Bricken et al. 2023 (a translation read)",
     "cunningham": arxiv("Cunningham et al. 2023", "2309.08600"),
     "gated": arxiv("Rajamanoharan et al. 2024", "2404.16014"),
-    "gao": arxiv("Gao et al. 2024", "2406.04093"),
+    "gao": arxiv("Gao et al. 2024", "2406.04093", "code and notes read, not the text"),
     "nanda": arxiv("Nanda et al. 2023", "2309.00941"),
-    "karvonen": arxiv("Karvonen et al. 2024", "2408.00113"),
+    "karvonen": arxiv("Karvonen et al. 2024", "2408.00113", "code and notes read, not the text"),
     "absorption": arxiv("Chanin et al. 2024", "2409.14507"),
     "batchtopk": arxiv("Bussmann et al. 2024", "2412.06410"),
-    "matryoshka": arxiv("Bussmann et al. 2025", "2503.17547"),
-    "hedging": arxiv("Chanin et al. 2025", "2505.11756"),
-    "song": arxiv("Song et al. 2025", "2505.20254"),
-    "gba": arxiv("Chen et al. 2025", "2506.14002"),
+    "matryoshka": arxiv("Bussmann et al. 2025", "2503.17547", "a text without its formulas read"),
+    "hedging": arxiv("Chanin et al. 2025", "2505.11756", "code read, not the text"),
+    "song": arxiv("Song et al. 2025", "2505.20254", "code and abstract read, not the text"),
+    "gba": arxiv("Chen et al. 2025", "2506.14002", "project page, notes and reviews read, not the text"),
     "wrong-l0": arxiv("Chanin and Garriga-Alonso 2025", "2508.16560"),
     "ordered": arxiv("Wang et al. 2025", "2512.02194"),
 }
@@ -82,10 +86,10 @@ order = lambda column, *words: table("benchmarks/results/order.md", column, *wor
 bias = lambda toy, column, *words: table("benchmarks/results/bias.md", column, *words, section=toy).split()[0]
 uniform = partial(bias, "gba")
 uneven = partial(bias, "gba-imbalanced")
-smollm2 = lambda column, *words: table("README.md", column, *words)
+smollm2 = lambda column, *words: table("docs/results.md", column, *words)
 ORDERED = "**Ordered** (k from 40, uniform law, full share .5)"
-by = lambda script, file: f"`benchmarks/{script}.py`, [{file}](benchmarks/results/{file})"
-LM = "smollm2, [README](README.md#what-we-measured): "
+by = lambda script, file: f"`benchmarks/{script}.py`, [{file}](../benchmarks/results/{file})"
+LM = "smollm2, [results](results.md#smollm2-other-settings)"
 COMPARED = "smollm2, " + by("compare", "compare.md")
 
 def runs(method):
@@ -129,8 +133,8 @@ def ranked(key):
     return names, "; ".join(texts)
 
 def extra():
-    """-> [Row]: the claims that a benchmark or a table of the README shows. Numbers are read there, and `holds`,
-    of these numbers, is what makes the verdict true."""
+    """-> [Row]: the claims that a benchmark or a table of docs/results.md shows. Numbers are read there, and
+    `holds`, of these numbers, is what makes the verdict true."""
     def row(paper, *rest, holds):
         assert holds, f"the numbers no longer support '{rest[0]}': {rest[-1]}"
         return Row(PAPERS[paper], *rest)
@@ -215,7 +219,7 @@ def extra():
         row("gba", "ten groups have a lower error than one",
             "far below: one group needs 15 to 70 active of 1000 for what ten do with 5 (a figure, by eye)",
             f"a little lower: FVU {ten:.4f} (three seeds) against {one_group:.4f} (one seed), L0 about 32",
-            LM + "`gba_sae.py --layer 6 --high 0.0135 --groups 1`", "partly", holds=max(ten) < one_group),
+            LM + ": `gba_sae.py --layer 6 --high 0.0135 --groups 1`", "partly", holds=max(ten) < one_group),
         row("gba", "seeds agree on more of GBA's latents with the largest activations than of TopK's",
             "top .3 %: at a cosine above .9 ~.34 and .24 (the first by eye), at .8 ahead, too, at .7 level or behind",
             "top .3 %, " + ", ".join(f"at {t[1:]} {shared('gba', t):.2f} and {shared('topk', t):.2f}" for t in ("0.7", "0.8"))
@@ -276,9 +280,8 @@ def extra():
         row("ordered", "letting k fall from high to its value helps training",
             "'significantly improves convergence', no numbers",
             f"toy A: FVU {order('FVU', ORDERED)} against {order('FVU', 'Ordered, k not annealed')}, but on smollm2 {long:.4f} "
-            f"(three seeds) against {short:.4f} (one)", by("order", "order.md") + "; smollm2, "
-            "[README](README.md#what-we-measured)", "partly", holds=float(order("FVU", ORDERED)) < float(
-                order("FVU", "Ordered, k not annealed")) and min(long) > short),
+            f"(three seeds) against {short:.4f} (one)", by("order", "order.md") + "; " + LM, "partly",
+            holds=float(order("FVU", ORDERED)) < float(order("FVU", "Ordered, k not annealed")) and min(long) > short),
     ]
 
 # --- claims that tests show -----------------------------------------------------------------------
@@ -291,6 +294,13 @@ class Measured:
     def ours(self):
         return self.row.ours.format(**self.values)
 
+    def add(self, row, values, tol):
+        """What one more call says, {name: [number]}."""
+        assert self.row == row, f"{row.shown} says different things of one claim"
+        self.tol.update(tol)
+        for name, numbers in values.items():
+            self.values.setdefault(name, Numbers()).extend(numbers)
+
 MEASURED, RAN, VARIANTS = {}, {}, {}                # (test, claim) -> Measured; test -> node names; -> how many
 
 def record(node, paper, claim, figure, ours, verdict, /, tol=(), **values):
@@ -299,12 +309,23 @@ def record(node, paper, claim, figure, ours, verdict, /, tol=(), **values):
     RAN.setdefault(test, set()).add(node.name)
     VARIANTS[test] = math.prod(len(mark.args[1]) for mark in node.iter_markers("parametrize"))
     row = Row(PAPERS[paper], claim, figure, ours, test, verdict)
-    measured = MEASURED.setdefault((test, claim), Measured(row))
-    assert measured.row == row, f"{test} says different things of one claim"
-    measured.tol.update(tol)
-    for name, value in values.items():
-        seen = measured.values.setdefault(name, Numbers())
-        seen.extend(map(float, value) if hasattr(value, "__iter__") else [float(value)])
+    values = {name: [*map(float, v)] if hasattr(v, "__iter__") else [float(v)] for name, v in values.items()}
+    MEASURED.setdefault((test, claim), Measured(row)).add(row, values, dict(tol))
+
+def dump():
+    """What this process measured, in lists and dicts alone (JSON), for the process that started it: with several
+    workers (pytest -n) each measures a part, and the first process merges them all."""
+    calls = [(list(m.row), {name: list(v) for name, v in m.values.items()}, dict(m.tol)) for m in MEASURED.values()]
+    return dict(calls=calls, ran={test: sorted(names) for test, names in RAN.items()}, variants=dict(VARIANTS))
+
+def merge(dumped):
+    """Add what another process measured, as its dump() gave it."""
+    for row, values, tol in dumped["calls"]:
+        row = Row(*row)
+        MEASURED.setdefault((row.shown, row.claim), Measured(row)).add(row, values, tol)
+    for test, names in dumped["ran"].items():
+        RAN.setdefault(test, set()).update(names)
+    VARIANTS.update(dumped["variants"])
 
 def complete(test):
     return len(RAN.get(test, ())) == VARIANTS.get(test)
@@ -377,7 +398,7 @@ def compare():
     for key, measured in MEASURED.items():
         why = differs(measured, page[key]) if key in page else "it has no row"
         if why:
-            wrong.append(f"CLAIMS.md is not what {key[0]} says of '{key[1]}': {why}; run pytest --claims CLAIMS.md")
+            wrong.append(f"docs/CLAIMS.md is not what {key[0]} says of '{key[1]}': {why}; run {COMMAND}")
     return wrong
 
 def machine():
@@ -397,9 +418,9 @@ def page_text(rows, written, by_hand):
 {len(rows)} claims: {count}. The papers speak mostly of large language models; ours are toys whose
 true features are known, smollm2 (SmolLM2-135M, layer 6, 2M tokens), or a small GPT that plays Othello (layer 6, 4M
 tokens), as the last column but one says. The verdict is of the claim as it stands here. Papers' figures are as their
-texts, code or project pages have them; 'secondary', 'by eye' and 'unverified' say where we have less. Ranges of tests are
-over seeds that no setting was chosen on; their docstrings have margins and controls, and what was changed after a first
-look.
+texts, code or project pages have them; 'secondary', 'by eye' and 'unverified' say where we have less. Where a paper's text
+was not at hand, the first cell of the row says what was read instead. Ranges of tests are over seeds that no setting was
+chosen on; their docstrings have margins and controls, and what was changed after a first look.
 
 Written by {written}.
 Numbers of benchmarks are read from their tables (`python tests/claims.py` reads them again). Every `pytest` compares
@@ -428,12 +449,12 @@ def write(path, command, failed):
     return True, f"{path}: {count}"
 
 def refresh():
-    """Write CLAIMS.md with the rows of tables read again, those of tests as they stand there."""
+    """Write the page with the rows of tables read again, those of tests as they stand there."""
     old = PAGE.read_text()
     rows = [row._replace(shown=shown(row.shown)) for row in page_rows().values() if "::" in row.shown]
     text, count = page_text(rows + extra(), re.search(r"^Written by (.*)\.$", old, re.M)[1], old.partition(MARK)[2])
     replace(PAGE, text)
-    print(f"{PAGE.name}: {count}")
+    print(f"{PAGE.relative_to(ROOT)}: {count}")
 
 if __name__ == "__main__":
     refresh()

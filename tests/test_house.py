@@ -151,9 +151,9 @@ def functions(path):
 
 def test_docstrings_are_short():
     for path in OURS:
-        for node in functions(path) if path.parent.name != "evaluation" or path.name != "metrics.py" else ():
+        for node in functions(path):
             text = ast.get_docstring(node, clean=False) or ""
-            limit = 45 if path.parent.name == "benchmarks" else 37 if isinstance(node, ast.Module) else 35
+            limit = 45 if path.parent.name == "benchmarks" else 35         # there commands stand, too
             assert len(text.splitlines()) <= limit, f"{path.name}, {getattr(node, 'name', 'module')}"
 
 def test_the_harvest_is_in_short_functions():

@@ -179,7 +179,7 @@ def cross_entropies(model, block, cut, ids, replacements):
     return out
 
 def language(saes, model, block, cut, mean, ids):
-    """Yields, of each SAE on token ids [n, T] of held-out contexts, with x_hat spliced in at `block`,
+    """Yields, of each SAE on token ids [n, T] of held-out contexts, with x_hat put in at `block`:
       ce         cross-entropy in nats a token: as it is, ablated to zero or to mean [D], with x_hat
       recovered  (ce ablated - ce spliced) / (ce ablated - ce), of sums; from zero and from the mean
       kl         KL(as it is || spliced), nats a token

@@ -9,7 +9,7 @@ Autoencoders', arXiv 2506.14002; --groups 1 is the paper's Bias Adaptation.
     loss  = mean_B |x - x_hat|^2                          no gradient for b_enc
     Of K groups, about F / K latents each, the k-th has the target frequency
         p = high (low / high)^((k - 1) / (K - 1))
-    Every --bias-every steps, of all tokens since: q = how often y > 0, r = the largest y, or 0,
+    Every --bias-every steps, from all tokens since: q = share with y > 0, r = max(0, largest y),
         b_enc <- b_enc - gamma_down * r                   where q > p (too often)
         b_enc <- min(b_enc + gamma_up * r_mean, 0)        where q < 1e-6 (dead: silent throughout)
   r_mean is of those latents of the group that fired. p is a ceiling: a latent that fires less often
@@ -19,8 +19,8 @@ Departures from the paper; we read its project page with the algorithms, notes b
 reviews, neither the paper itself nor its code (docs/gba.md has the reasons and the smaller ones):
   - As printed, the second line ends in a maximum: a dead latent would jump to 0 or above. A
     reviewer, too, says that a minimum is meant. JumpReLU's form is inferred.
-  - x is centred and scaled by one number, theirs is of norm 1. So their floor of -1 for b_enc has
-    no place; while b_dec is fixed it never acts, as a step down ends above -max|x - b_dec|.
+  - x is centred and scaled by one number, theirs is of norm 1; so their floor of -1 for b_enc is
+    left out. While b_dec is fixed, no step down goes below -max|x - b_dec| in any case.
   - b_dec stays at the mean of the data; there it is trained (--train-b-dec).
   - --bias-every and the gammas depend on the run's length. Squares are not halved. Adam has no
     weight decay; rate and clipping are those of topk_sae.py. W starts at random directions.
@@ -51,11 +51,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=runs.count, default=2_000_000, help="training tokens; default 2e6")
-    add("--batch-size", type=runs.count, default=2048, help="tokens a step, all processes; 2048")
-    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default falls with width, length")
-    add("--warmup", type=runs.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=runs.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
-    add("--seed", type=runs.at_least(0), default=0, help="of weights and data order; default 0")
+    add("--batch-size", type=runs.count, default=2048, help="tokens a step, in all; default 2048")
+    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default depends on F and steps")
+    add("--warmup", type=runs.count, help="steps to the peak; default 1000, at most a tenth of all")
+    add("--dead-after", type=runs.count, help="tokens without firing; 1 %% of all, at most 10e6")
+    add("--seed", type=runs.at_least(0), default=0, help="for weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
     add("--dense", action="store_true", help="train with the textbook loss, which is slower")
@@ -71,8 +71,8 @@ def parse_args(argv=None):
     add("--low", type=runs.share, default=1e-3, help="of the last, if there are several; 0.001")
     add("--bias-every", type=runs.count, help="steps between updates of the biases; default: as "
                   "many as ten firings at the lowest target take, at most 1/100 of the run")
-    add("--gamma-down", type=runs.share, help="step of a bias, in peaks of its latent; default: 8 "
-                                              "for all updates together, at least 0.01 each")
+    add("--gamma-down", type=runs.share, help="step down of a bias, as a share of the latent's "
+                        "peak; default 8 / the number of updates, at least 0.01")
     add("--gamma-up", type=runs.at_least(0, float, 1), help="step up, in mean peaks of its group; "
                                                       "default: the same; 0: nothing revives")
     add("--relu", action="store_true", help="ReLU in place of JumpReLU")
@@ -129,28 +129,29 @@ def loss(sae, x):
     return (x - x_hat).pow(2).sum(1).mean()
 
 def dense_loss(sae, x, state, args):
-    """What sparse_loss gives, by the textbook: for --dense."""
+    """`loss`, with the arguments and results of sparse_loss: for --dense."""
     total = loss(sae, x)
     with torch.no_grad():
         y = sae.pre_acts(x)
         count, peak = (y > 0).float().sum(0), y.amax(0).relu()
     terms = dict(loss=total, mse=total, l0=count.sum() / len(x), peak=peak)
-    return total, dict(terms, fits=torch.ones_like(total)), count
+    return total, dict(terms, complete=torch.ones_like(total)), count
 
 def sparse_loss(sae, x, state, args):
-    """The same value and gradients from the active entries alone, for training. Gives the loss of a
-    batch x [B, D], its terms, and how often each latent fired [F]."""
+    """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
+    loss of a batch x [B, D], its terms, and how often each latent fired [F]."""
     y, active = sparse.encode(                                # (x - b_dec) @ W_dec.T + b_enc
         x, sae.W_dec.T, sae.b_enc, sae.b_dec, state["sparse"], state["room"])
     a, b_enc = active.lookup(sae.a), active.lookup(sae.b_enc)     # as (n,), or (B, F) by expansion
-    z = a.to(y) * sae.phi(y, b_enc)                           # those of Z: (n,), or all: (B, F)
-    x_hat = active.decode(z, sae.W_dec) + sae.b_dec           # Z @ W_dec + b_dec: (B, D)
+    signed = a.to(y) * sae.phi(y, b_enc)                      # entries of encode(x) * a.sign()
+    x_hat = active.decode(signed, sae.W_dec) + sae.b_dec      # decode(encode(x)): (B, D)
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
     count = active.t_sum((y > 0).float())                     # (Y > 0).sum(0): (F,)
-    terms = dict(loss=mse, mse=mse, l0=count.sum() / len(x))
+    total = mse * active.complete                             # 0 where room was short
+    terms = dict(loss=total, mse=mse, l0=count.sum() / len(x))
     terms.update(peak=active.t_max(y.detach()),               # Y.amax(0), or 0: (F,)
-                 fits=torch.ones_like(mse) * active.fits)     # 1, or 0 where room was short
-    return mse * active.fits, terms, count
+                 complete=torch.ones_like(mse) * active.complete)
+    return total, terms, count
 
 # --- bias adaptation ------------------------------------------------------------------------------
 
@@ -185,7 +186,8 @@ def heldout_groups(q, tokens, state):
 
 def rule_defaults(args):
     """The defaults of the rule that depend on the length of the run."""
-    tokens, most = 10 / targets(args)[-1].item(), max(1, args.steps // 100)  # at least 100 updates
+    tokens = 10 / targets(args)[-1].item()                    # ten firings at the lowest target
+    most = max(1, args.steps // 100)                          # at least 100 updates
     args.bias_every = args.bias_every or min(most, math.ceil(tokens / args.batch_size))
     gamma = min(1, max(0.01, 8 * args.bias_every / args.steps))
     args.gamma_down = args.gamma_down or gamma
@@ -197,7 +199,7 @@ def targets(args):
     return args.high * (args.low / args.high) ** share
 
 def init_state(args, device):
-    """All that steps keep beside weights and moments, and --resume restores."""
+    """What steps and losses share beside weights and Adam's moments; --resume restores it."""
     group = torch.arange(args.d_sae, device=device) * args.groups // args.d_sae
     return dict(
         # [shared: state]
@@ -205,7 +207,7 @@ def init_state(args, device):
         dead=torch.empty(0, dtype=torch.int64, device=device),        # indices of the dead latents
         # [/shared: state]
         # [shared: form_state]
-        active=torch.inf,                             # entries per token in the step before
+        per_token=torch.inf,                          # active entries, in the step before
         sparse=False, room=0,                         # form of the codes: sparse.encode
         # [/shared: form_state]
         target=targets(args).to(device),              # p of each group: [K]
@@ -227,10 +229,10 @@ def lr_at(step, args):
 # [/shared: schedule]
 
 def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
-    """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
+    """One whole optimisation step on a batch x [B, D]. Returns the terms of the loss."""
     # [shared: form]
-    if step % runs.CHECK_EVERY == 0:                               # but here
-        active = float(state["active"])
+    if step % runs.CHECK_EVERY == 0:                   # float() waits for the device, so not always
+        active = float(state["per_token"])
         state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
     # [/shared: form]
@@ -239,15 +241,16 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         total, terms, fired = loss_fn(sae, x, state, args)
     total.backward()
     with torch.no_grad():
-        group, W = opt.param_groups[0], sae.W_dec
-        for p, view in zip(sae.parameters(), group["params"]):     # Adam holds views: runs.adam
-            view.grad = runs.all_reduce(runs.rows(p.grad))         # shares its memory with p.grad
+        views, W = opt.param_groups[0]["params"], sae.W_dec        # Adam holds views: runs.adam
+        for param, view in zip(sae.parameters(), views):           # Adam sees what W.grad becomes,
+            view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        bad = ~(norm + total).isfinite()                           # fused Adam reads found_inf,
-        opt.found_inf = runs.all_reduce(bad.float(), "max")        # and at 1 makes no update
-        group["lr"] = lr_at(step, args)
+        norm = nn.utils.clip_grad_norm_(views, 1.0)
+        bad = ~(norm + total).isfinite()                           # true if one is nan or inf
+        # Fused Adam reads this private attribute of GradScaler's, and makes no update where it is 1
+        opt.found_inf = runs.all_reduce(bad.float(), "max")
+        opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
         sae.zero_grad()
@@ -257,10 +260,13 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         state["tokens_since_fired"].masked_fill_(runs.all_reduce(fired, "sum") > 0, 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
-    with torch.no_grad():                            # with the statistics of the same forward pass
-        peak, good = runs.all_reduce(terms.pop("peak"), "max"), 1 - opt.found_inf
-        state["active"] = torch.where(good > 0, fired.sum() / args.batch_size, state["active"])
-        usable = good * (runs.all_reduce(terms.pop("fits")) == 1)
+    # From here on `fired` counts the global batch, since the step above has summed it in place. All
+    # statistics are of the forward pass above, before Adam's step.
+    with torch.no_grad():
+        peak, finite = runs.all_reduce(terms.pop("peak"), "max"), 1 - opt.found_inf
+        state["per_token"] = torch.where(finite > 0, fired.sum() / args.batch_size,
+                                         state["per_token"])
+        usable = finite * (runs.all_reduce(terms.pop("complete")) == 1)
         track(sae, fired, peak, usable, state, step, args)
         group_sum = torch.zeros_like(state["target"]).index_add_(0, state["group"], fired)
     terms.update(target=state["target"], freq=group_sum / state["size"] / args.batch_size)
@@ -294,7 +300,7 @@ def train(args):
         for step in run.steps:                                # from 0, or where --resume goes on
             x = source.batch(step)
             terms = train_step(sae, opt, x, state, step, args, loss_fn)
-            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:       # the host waits
+            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:  # nonzero: host waits
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
             run.end_step(step, x, terms, lr_at(step, args))   # logs, saves, stops at Ctrl-C
     # [/shared: loop]

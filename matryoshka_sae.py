@@ -9,7 +9,7 @@ Bussmann et al. 2024, arXiv 2412.06410.
     x_hat_g = z[:, :m_g] @ W_dec[:m_g] + b_dec            m_1 < ... < m_G = F: the levels' --widths
     loss    = sum_g balance^(G-g) mean_B |x - x_hat_g|^2 + auxk_alpha * D * aux
     aux     as in topk_sae.py, on the error of all latents, x - x_hat_G, without gradient
-    trained:  z = relu(pre) where pre > threshold         about k of them per held-out token
+    trained:  after training, z = pre where pre > threshold: about k of them per held-out token
 
 A level must reconstruct x alone, so the first ones learn what is common; later ones add detail.
 
@@ -48,11 +48,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=runs.count, default=2_000_000, help="training tokens; default 2e6")
-    add("--batch-size", type=runs.count, default=2048, help="tokens a step, all processes; 2048")
-    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default falls with width, length")
-    add("--warmup", type=runs.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=runs.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
-    add("--seed", type=runs.at_least(0), default=0, help="of weights and data order; default 0")
+    add("--batch-size", type=runs.count, default=2048, help="tokens a step, in all; default 2048")
+    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default depends on F and steps")
+    add("--warmup", type=runs.count, help="steps to the peak; default 1000, at most a tenth of all")
+    add("--dead-after", type=runs.count, help="tokens without firing; 1 %% of all, at most 10e6")
+    add("--seed", type=runs.at_least(0), default=0, help="for weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
     add("--dense", action="store_true", help="train with the textbook loss, which is slower")
@@ -67,8 +67,8 @@ def parse_args(argv=None):
     add("--widths", type=runs.count, nargs="+", help="latents of the first level, of the second, "
                           "...; the last has all; default: 1/32, 3/32, 7/32, 15/32 and 1 of them")
     add("--random-widths", action="store_true", help="draw all but the last anew in every step")
-    add("--balance", type=runs.at_least(0, float, 100), default=1.0, help="weight of each level by "
-                          "that of the next; 0: of the last alone, which is BatchTopK; default 1")
+    add("--balance", type=runs.at_least(0, float, 100), default=1.0, help="weight of a level, "
+            "divided by that of the next wider one; 0: the last level alone, BatchTopK; default 1")
     add("--k-start", type=runs.at_least(1e-3, float), help="k at the first step; default: --k")
     add("--k-anneal", type=runs.share, default=0.2, help="share of the steps until k is --k; 0.2")
     add("--auxk", type=runs.count, help="dead latents that AuxK uses per token; default D // 2")
@@ -81,7 +81,7 @@ class MatryoshkaSAE(nn.Module):
     """W_enc [D, F], b_enc [F], W_dec [F, D] with unit rows, b_dec [D], threshold [F].
 
     encode() does two different things: in training mode, as the SAE is made, the k B largest codes
-    of the batch x [B, D] stay, so that a token's codes hang on the others; after .eval(), which
+    of the batch x [B, D] stay, so that a token's codes depend on the others; after .eval(), which
     load() and set_threshold() call, those above the threshold, for each token by itself."""
     unit_norm = True                                          # train_step keeps rows of W_dec so
 
@@ -90,10 +90,10 @@ class MatryoshkaSAE(nn.Module):
         self.k = k
         W = nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
-        self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), in memory F rows of D
+        self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), F rows: see runs.rows
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.threshold = nn.Buffer(torch.zeros(d_sae))        # one number, F times
+        self.threshold = nn.Buffer(torch.zeros(d_sae))        # all equal; SAELens wants F
 
     def pre_acts(self, x):
         return nn.functional.linear(x - self.b_dec, self.W_enc.T, self.b_enc)            # (B, F)
@@ -102,7 +102,7 @@ class MatryoshkaSAE(nn.Module):
         if self.training:
             vals, flat = pre.flatten().topk(round(self.k * len(pre)), sorted=False)
             return torch.zeros_like(pre).put_(flat, vals.relu())             # (B, F)
-        return pre * (pre > self.threshold)                                  # a threshold is >= 0
+        return pre * (pre > self.threshold)                                  # the threshold is >= 0
 
     def encode(self, x):
         return self.activate(self.pre_acts(x))                               # (B, F)
@@ -115,7 +115,7 @@ class MatryoshkaSAE(nn.Module):
 
     @torch.no_grad()
     def set_threshold(self, x):
-        """Put the threshold where L0 is k on x [M, D], between two activations. Ends training."""
+        """Put the threshold where L0 is k on x [M, D]. Also switches the SAE to eval mode."""
         n, best = round(self.k * len(x)), x.new_zeros(1)      # 0 is no activation
         for part in x.split(2048):
             pre = self.pre_acts(part)
@@ -144,14 +144,15 @@ def loss(sae, x, widths, weights, dead, auxk, auxk_alpha):
     return total + auxk_alpha * x.shape[1] * aux, dict(mse=mse, aux=aux), z
 
 def dense_loss(sae, x, state, args):
-    """What sparse_loss gives, by the textbook: for --dense."""
+    """`loss`, with the arguments and results of sparse_loss: for --dense."""
+    dead = state["dead"] if args.auxk_alpha else state["dead"][:0]
     total, terms, z = loss(sae, x, state["widths"].tolist(), state["weights"].tolist(),
-                           state["dead"], args.auxk, args.auxk_alpha)
+                           dead, args.auxk, args.auxk_alpha)
     return total, dict(loss=total, **terms, l0=(z > 0).sum() / len(x)), (z > 1e-3).float().sum(0)
 
 def sparse_loss(sae, x, state, args):
-    """The same value and gradients from the active entries alone, for training. Gives the loss of a
-    batch x [B, D], its terms, and how often each latent fired [F]."""
+    """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
+    loss of a batch x [B, D], its terms, and how often each latent fired, z > 1e-3: [F]."""
     (B, D), d_sae, G = x.shape, len(sae.W_dec), len(state["widths"])
     with torch.no_grad():
         vals, flat = batch_top(sae.pre_acts(x).flatten(), state["n"])        # may be bf16
@@ -160,7 +161,7 @@ def sparse_loss(sae, x, state, args):
         levels = active.in_rows(active.row * G + level, B * G)               # for Nested
         w = nn.functional.pad(state["weights"], (1, 0)).expand(B, G + 1)     # empty prefix: 0
     pre = sparse.Encode.apply(vals, active, x, sae.W_enc, sae.b_enc, sae.b_dec)
-    z = pre.relu()                                            # those of Z = encode(x): (n,)
+    z = pre.relu()                                            # entries of Z = encode(x): (n,)
     e = (x - sae.b_dec - active.matmul(z, sae.W_dec)).detach()     # x - (Z @ W_dec + b_dec)
     total = sparse.Nested.apply(z, sae.W_dec, sae.b_dec, e, w, [levels]) / B  # sum_g w mean |e_g|^2
     mse, dead = e.pow(2).sum() / B, state["dead"]
@@ -187,15 +188,15 @@ def batch_top(pre, n):
 
 # [shared: auxk]
 def auxk_loss(sae, x, e, dead, args):
-    """aux: the dead latents reconstruct the error e of the live ones, which get no gradient, nor
-    does b_dec. e_hat has no b_dec, since e excludes it already. Dense, over the dead ones alone."""
-    W_enc = nn.functional.embedding(dead, sae.W_enc.T)        # W_enc[:, dead].T: (n, D)
-    W_dec = nn.functional.embedding(dead, sae.W_dec)          # W_dec[dead]: (n, D)
-    pre = nn.functional.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])       # (B, n)
+    """aux: how badly the n dead latents reconstruct the error e that the live ones leave. The live
+    ones and b_dec get no gradient. e_hat has no b_dec, because e is without it already."""
+    rows_enc = nn.functional.embedding(dead, sae.W_enc.T)     # W_enc[:, dead].T: (n, D)
+    rows_dec = nn.functional.embedding(dead, sae.W_dec)       # W_dec[dead]: (n, D)
+    pre = nn.functional.linear(x - sae.b_dec.detach(), rows_enc, sae.b_enc[dead])    # (B, n)
     if len(dead) > args.auxk:
         vals, idx = pre.topk(args.auxk, sorted=False)
         pre = torch.zeros_like(pre).scatter_(1, idx, vals)
-    e_hat = pre.relu() @ W_dec
+    e_hat = pre.relu() @ rows_dec
     mean = runs.all_reduce(e.mean(0))                                        # of the global batch
     variance = runs.all_reduce(e.pow(2).sum() / len(e)) - mean.pow(2).sum()
     return nn.functional.mse_loss(e_hat, e, reduction="sum") / len(e) / variance.clamp_min(1e-8)
@@ -204,7 +205,7 @@ def auxk_loss(sae, x, e, dead, args):
 # --- training -------------------------------------------------------------------------------------
 
 def init_state(args, device):
-    """All that steps keep beside weights and moments, and --resume restores."""
+    """What steps and losses share beside weights and Adam's moments; --resume restores it."""
     weights = [args.balance ** g for g in reversed(range(len(args.widths)))]
     return dict(
         # [shared: state]
@@ -242,7 +243,7 @@ def random_widths(step, args):
     return torch.tensor([*inner.sort().values, args.d_sae])
 
 def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
-    """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
+    """One whole optimisation step on a batch x [B, D]. Returns the terms of the loss."""
     sae.k = k_at(step, args)
     state["n"] = round(sae.k * args.batch_size)
     if args.random_widths:
@@ -252,15 +253,16 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         total, terms, fired = loss_fn(sae, x, state, args)
     total.backward()
     with torch.no_grad():
-        group, W = opt.param_groups[0], sae.W_dec
-        for p, view in zip(sae.parameters(), group["params"]):     # Adam holds views: runs.adam
-            view.grad = runs.all_reduce(runs.rows(p.grad))         # shares its memory with p.grad
+        views, W = opt.param_groups[0]["params"], sae.W_dec        # Adam holds views: runs.adam
+        for param, view in zip(sae.parameters(), views):           # Adam sees what W.grad becomes,
+            view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        bad = ~(norm + total).isfinite()                           # fused Adam reads found_inf,
-        opt.found_inf = runs.all_reduce(bad.float(), "max")        # and at 1 makes no update
-        group["lr"] = lr_at(step, args)
+        norm = nn.utils.clip_grad_norm_(views, 1.0)
+        bad = ~(norm + total).isfinite()                           # true if one is nan or inf
+        # Fused Adam reads this private attribute of GradScaler's, and makes no update where it is 1
+        opt.found_inf = runs.all_reduce(bad.float(), "max")
+        opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
         sae.zero_grad()
@@ -307,7 +309,7 @@ def train(args):
         for step in run.steps:                                # from 0, or where --resume goes on
             x = source.batch(step)
             terms = train_step(sae, opt, x, state, step, args, loss_fn)
-            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:       # the host waits
+            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:  # nonzero: host waits
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
             run.end_step(step, x, terms, lr_at(step, args))   # logs, saves, stops at Ctrl-C
     # [/shared: loop]

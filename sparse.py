@@ -1,12 +1,13 @@
-"""Sums over the active latents alone: what makes a training step fast. Imports torch, nothing else.
+"""Sums over the active latents alone: what makes a training step fast. Of ours it imports nothing.
 
-Codes Z [B, F] of B tokens and F latents are mostly 0. Training computes with their n entries that
-may be something else, at a cost of n D instead of B F D (D is the dimension of x), and so do its
-gradients: no [B, F] gradient ever exists. The docstring of each function is the dense formula that
-it equals; tests/test_losses.py holds each to it.
+An entry is one latent on one token. Of the B F entries of the codes Z [B, F] (B tokens, F latents)
+most are 0. Values and gradients are computed from the n entries that may differ from 0, at a cost
+of n D in place of B F D (D: dimension of x), so no [B, F] gradient exists. The exception is the
+class Dense: until the codes of ReLU, gated and GBA SAEs are sparse, plain autograd is faster. The
+docstring of each function is the dense formula that it equals; tests/test_losses.py checks each.
 
-The encoder's product x @ W_enc itself stays dense: which latents are active is known only after it.
-It runs without autograd; Encode brings the gradients of those entries that were active.
+The product x @ W_enc stays dense, since it decides which latents are active. Except with Dense it
+runs without autograd, and Encode computes the gradients of the active entries.
 """
 import copy
 
@@ -18,7 +19,8 @@ from torch import nn
 class Active:
     """Where codes Z [B, F] may be non-zero: entry j is of token row[j] and latent col[j]. Rows
     ascend. Z itself is never built; z [n] holds its entries."""
-    fits = 1                  # encode_fixed sets it to 0 where not all active entries found room
+    complete = 1              # 0 where encode_fixed had no room for all active entries. Losses are
+                              # multiplied by it, so such a batch gives no gradient.
 
     def __init__(self, row, col, batch, d_sae):
         self.row, self.col, self.d_sae = row, col, d_sae
@@ -59,7 +61,7 @@ class Active:
         return Decode.apply(z, self, W)
 
     def in_rows(self, row, batch):
-        """The same entries in other rows, which ascend too: of codes [batch, F]."""
+        """The same entries, as codes [batch, F] with other rows, which must ascend, too."""
         other = copy.copy(self)
         other.row = row
         other.row_starts = torch.searchsorted(row, torch.arange(batch, device=row.device))
@@ -67,7 +69,7 @@ class Active:
 
 class Dense:
     """Active's methods where codes are not a list of entries but all of Z [B, F]: plain torch."""
-    fits = 1
+    complete = 1
 
     def t_sum(self, Z):
         return Z.sum(0)
@@ -128,7 +130,7 @@ def top(pre, k):
 def flat_top(pre, n):
     """pre.topk(n).indices.sort().values, for pre [N], exactly. The n largest are sought above a
     threshold that a sample sets; among all entries on CUDA, and where the sample misleads."""
-    sample, found = pre[::61], pre.new_empty(0)               # a prime meets all latents, mostly
+    sample, found = pre[::61], pre.new_empty(0)               # 61 is prime: it meets all latents
     rank = int(n / 61 + 4 * (n / 61) ** 0.5) + 4              # 4 standard deviations to be safe
     if rank < len(sample) and not pre.is_cuda:
         found = (pre > sample.topk(rank, sorted=False).values.min()).nonzero()[:, 0]
@@ -138,11 +140,12 @@ def flat_top(pre, n):
 
 # --- the positive entries: ReLU, gated, JumpReLU --------------------------------------------------
 
-def encode(x, W_enc, bias, b_dec, sparse, room):
-    """pre = (x - b_dec) @ W_enc + bias, in one of three forms, and the Active or Dense that says
-    where its values stand: all of pre while too many are positive to gain from leaving out the
-    others; the positive ones; on CUDA these with a fixed `room` for them."""
-    if not sparse:
+def encode(x, W_enc, bias, b_dec, few, room):
+    """pre = (x - b_dec) @ W_enc + bias, and the Active or Dense that says which entries it has:
+      not few       all of them, [B, F]: the fastest while many are positive
+      few, room 0   the positive ones, [n]: the host waits to learn n
+      few, room n   the positive ones and zeros up to n, [n]: the host need not wait (CUDA)"""
+    if not few:
         return encode_dense(x, W_enc, bias, b_dec)
     if not room:
         return encode_sparse(x, W_enc, bias, b_dec)
@@ -151,9 +154,9 @@ def encode(x, W_enc, bias, b_dec, sparse, room):
 def encode_dense(x, W_enc, bias, b_dec):
     """(x - b_dec) @ W_enc + bias: [B, F]
 
-    Autograd would compute the gradient of x - b_dec, [B, D], for b_dec's sake alone: a product as
-    large as the encoder's own. So b_dec is a constant there, and has its gradient through `zero`,
-    whose value is 0: b_dec moves all tokens alike, as a change of the bias does."""
+    Autograd would compute the gradient of x - b_dec, [B, D], only to sum it for b_dec: a product as
+    large as the encoder's own. To move b_dec is to move the bias by -b_dec @ W_enc. So b_dec is a
+    constant in x - b_dec, and `zero`, a term of the bias whose value is 0, carries its gradient."""
     zero = (b_dec.detach() - b_dec) @ W_enc.detach()                         # (F,)
     return nn.functional.linear(x - b_dec.detach(), W_enc.T, bias + zero), Dense()
 
@@ -168,15 +171,16 @@ def encode_sparse(x, W_enc, bias, b_dec):
 def encode_fixed(x, W_enc, bias, b_dec, room):
     """pre[pre > 0], and then zeros: [room], of pre = (x - b_dec) @ W_enc + bias.
 
-    The length does not hang on the data, so the host need not wait to learn it. If more entries are
-    positive than there is room for, some are missing and `fits` of the Active is 0."""
+    The length does not depend on the data, so the host need not wait to learn it. If more entries
+    are positive than there is room for, some are missing, and `complete` of the Active is 0."""
     with torch.no_grad():
         pre = nn.functional.linear(x - b_dec, W_enc.T, bias).flatten()       # may be bf16
         on = pre > 0
+        # The unused places repeat the last entry, so that rows ascend; their values are 0.
         flat = torch.nonzero_static(on, size=room, fill_value=len(pre) - 1)[:, 0]
         vals = pre[flat] * (torch.arange(room, device=x.device) < on.sum())
         active = Active(flat // len(bias), flat % len(bias), len(x), len(bias))
-        active.fits = on.sum() <= room
+        active.complete = on.sum() <= room
     return Encode.apply(vals, active, x, W_enc, bias, b_dec), active
 
 # --- nested dictionaries: Matryoshka, Ordered -----------------------------------------------------
@@ -186,14 +190,15 @@ class Nested(torch.autograd.Function):
     b from the latents of its t-th prefix, t = 0 .. T; prefix 0 is empty, prefix T holds them all.
 
     All T + 1 errors and the gradients of their sum come from one pass over the entries z of Z. Let
-    P_t [B, D] be what prefix t adds to prefix t - 1: the sum of z d over its entries z, d being
-    their rows of W_dec. The errors are r_T = e, which is given, and r_{t-1} = r_t + P_t, down to
-    r_0 = x - b_dec. With R_t = w_t r_t + ... + w_T r_T the gradient of z is -2 <d, R_t>, that of d
-    is -2 z R_t, that of b_dec -2 R_0, and the value is <r_0, R_0> - sum z <d, R_t>.
+    d be the row of W_dec that belongs to an entry z. Let P_t [B, D] be the sum of z d over the
+    entries that prefix t adds to prefix t - 1. The errors are r_T = e, which is given, and then
+    r_{t-1} = r_t + P_t, down to r_0 = x - b_dec. With R_t = w_t r_t + ... + w_T r_T, the gradient
+    of z is -2 <d, R_t>, that of d is -2 z R_t, and that of b_dec is -2 R_0. The value of the sum is
+    <r_0, R_0> - sum z <d, R_t>.
 
-    The batch comes in `pieces`, one Active for some tokens each, whose row of an entry is not its
-    token but token * T + t - 1: so matmul gives every P_t of a piece at once, T D floats a token.
-    They exist for one piece at a time, and only gradients are kept for backward."""
+    The batch comes in `pieces`: one Active for some tokens each. In a piece the entries of token b
+    that prefix t adds have the row b T + t - 1, so that one matmul gives the P_t of all t: T D
+    floats a token. They exist for one piece at a time; only gradients are kept for backward."""
     @staticmethod
     def forward(ctx, z, W_dec, b_dec, e, w, pieces):
         T, value, grad_z, grad_W, grad_b = w.shape[1] - 1, 0, [], 0, 0

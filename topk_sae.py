@@ -12,12 +12,12 @@ Gao et al. 2024, 'Scaling and evaluating sparse autoencoders', arXiv 2406.04093.
 A latent is dead if it has been silent for long. AuxK, the second term, revives it: dead latents
 learn to reconstruct the error that the others leave.
 
-Departures from the paper, of which we had the authors' code and notes, not the text (docs/topk.md
-has the reasons and the smaller ones):
+Departures from the paper, which we know from the authors' code and from notes by others, not from
+its text (docs/topk.md has the reasons and the smaller ones):
   - x is centred and scaled by constants, which fold into the saved weights; theirs is normalised
     token by token. They divide the error by the variance of x, which is about D here: so D * aux.
   - Dead means silent for 1 % of the run's tokens, if that is less than the paper's 10M.
-  - W_enc starts at min(1, 2 D / F) W_dec.T, at which x_hat is x on average.
+  - W_enc starts at min(1, 2 D / F) W_dec.T, a factor chosen here; theirs is fitted to random x.
   - Rows of W_dec get norm 1 after the step, not before it. Weights are not averaged.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
@@ -45,11 +45,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=runs.count, default=2_000_000, help="training tokens; default 2e6")
-    add("--batch-size", type=runs.count, default=2048, help="tokens a step, all processes; 2048")
-    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default falls with width, length")
-    add("--warmup", type=runs.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=runs.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
-    add("--seed", type=runs.at_least(0), default=0, help="of weights and data order; default 0")
+    add("--batch-size", type=runs.count, default=2048, help="tokens a step, in all; default 2048")
+    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default depends on F and steps")
+    add("--warmup", type=runs.count, help="steps to the peak; default 1000, at most a tenth of all")
+    add("--dead-after", type=runs.count, help="tokens without firing; 1 %% of all, at most 10e6")
+    add("--seed", type=runs.at_least(0), default=0, help="for weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
     add("--dense", action="store_true", help="train with the textbook loss, which is slower")
@@ -76,7 +76,7 @@ class TopKSAE(nn.Module):
         self.k = k
         W = nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
-        self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), in memory F rows of D
+        self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), F rows: see runs.rows
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
@@ -114,19 +114,20 @@ def loss(sae, x, dead, auxk, auxk_alpha):
     return mse + auxk_alpha * x.shape[1] * aux, dict(mse=mse, aux=aux), z
 
 def dense_loss(sae, x, state, args):
-    """What sparse_loss gives, by the textbook: for --dense."""
-    total, terms, z = loss(sae, x, state["dead"], args.auxk, args.auxk_alpha)
+    """`loss`, with the arguments and results of sparse_loss: for --dense."""
+    dead = state["dead"] if args.auxk_alpha else state["dead"][:0]
+    total, terms, z = loss(sae, x, dead, args.auxk, args.auxk_alpha)
     return total, dict(loss=total, **terms, l0=(z > 0).sum() / len(x)), (z > 1e-3).float().sum(0)
 
 def sparse_loss(sae, x, state, args):
-    """The same value and gradients from the active entries alone, for training. Gives the loss of a
-    batch x [B, D], its terms, and how often each latent fired [F]."""
+    """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
+    loss of a batch x [B, D], its terms, and how often each latent fired, z > 1e-3: [F]."""
     with torch.no_grad():
         vals, idx = sparse.top(sae.pre_acts(x), sae.k)        # pre.topk(k): (B, k), may be bf16
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
     active = sparse.Active(row, idx.flatten(), len(x), len(sae.W_dec))
     pre = sparse.Encode.apply(vals.flatten(), active, x, sae.W_enc, sae.b_enc, sae.b_dec)
-    z = pre.relu()                                            # those of Z = encode(x): (B k,)
+    z = pre.relu()                                            # entries of Z = encode(x): (B k,)
     x_hat = active.decode(z, sae.W_dec) + sae.b_dec           # Z @ W_dec + b_dec: (B, D)
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
     dead, aux = state["dead"], torch.zeros_like(mse)
@@ -138,15 +139,15 @@ def sparse_loss(sae, x, state, args):
 
 # [shared: auxk]
 def auxk_loss(sae, x, e, dead, args):
-    """aux: the dead latents reconstruct the error e of the live ones, which get no gradient, nor
-    does b_dec. e_hat has no b_dec, since e excludes it already. Dense, over the dead ones alone."""
-    W_enc = nn.functional.embedding(dead, sae.W_enc.T)        # W_enc[:, dead].T: (n, D)
-    W_dec = nn.functional.embedding(dead, sae.W_dec)          # W_dec[dead]: (n, D)
-    pre = nn.functional.linear(x - sae.b_dec.detach(), W_enc, sae.b_enc[dead])       # (B, n)
+    """aux: how badly the n dead latents reconstruct the error e that the live ones leave. The live
+    ones and b_dec get no gradient. e_hat has no b_dec, because e is without it already."""
+    rows_enc = nn.functional.embedding(dead, sae.W_enc.T)     # W_enc[:, dead].T: (n, D)
+    rows_dec = nn.functional.embedding(dead, sae.W_dec)       # W_dec[dead]: (n, D)
+    pre = nn.functional.linear(x - sae.b_dec.detach(), rows_enc, sae.b_enc[dead])    # (B, n)
     if len(dead) > args.auxk:
         vals, idx = pre.topk(args.auxk, sorted=False)
         pre = torch.zeros_like(pre).scatter_(1, idx, vals)
-    e_hat = pre.relu() @ W_dec
+    e_hat = pre.relu() @ rows_dec
     mean = runs.all_reduce(e.mean(0))                                        # of the global batch
     variance = runs.all_reduce(e.pow(2).sum() / len(e)) - mean.pow(2).sum()
     return nn.functional.mse_loss(e_hat, e, reduction="sum") / len(e) / variance.clamp_min(1e-8)
@@ -155,7 +156,7 @@ def auxk_loss(sae, x, e, dead, args):
 # --- training -------------------------------------------------------------------------------------
 
 def init_state(args, device):
-    """All that steps keep beside weights and moments, and --resume restores."""
+    """What steps and losses share beside weights and Adam's moments; --resume restores it."""
     return dict(
         # [shared: state]
         tokens_since_fired=torch.zeros(args.d_sae, dtype=torch.int64, device=device),
@@ -175,21 +176,22 @@ def lr_at(step, args):
 # [/shared: schedule]
 
 def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
-    """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
+    """One whole optimisation step on a batch x [B, D]. Returns the terms of the loss."""
     # [shared: step]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         total, terms, fired = loss_fn(sae, x, state, args)
     total.backward()
     with torch.no_grad():
-        group, W = opt.param_groups[0], sae.W_dec
-        for p, view in zip(sae.parameters(), group["params"]):     # Adam holds views: runs.adam
-            view.grad = runs.all_reduce(runs.rows(p.grad))         # shares its memory with p.grad
+        views, W = opt.param_groups[0]["params"], sae.W_dec        # Adam holds views: runs.adam
+        for param, view in zip(sae.parameters(), views):           # Adam sees what W.grad becomes,
+            view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        bad = ~(norm + total).isfinite()                           # fused Adam reads found_inf,
-        opt.found_inf = runs.all_reduce(bad.float(), "max")        # and at 1 makes no update
-        group["lr"] = lr_at(step, args)
+        norm = nn.utils.clip_grad_norm_(views, 1.0)
+        bad = ~(norm + total).isfinite()                           # true if one is nan or inf
+        # Fused Adam reads this private attribute of GradScaler's, and makes no update where it is 1
+        opt.found_inf = runs.all_reduce(bad.float(), "max")
+        opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
         sae.zero_grad()
@@ -225,7 +227,7 @@ def train(args):
         for step in run.steps:                                # from 0, or where --resume goes on
             x = source.batch(step)
             terms = train_step(sae, opt, x, state, step, args, loss_fn)
-            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:       # the host waits
+            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:  # nonzero: host waits
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
             run.end_step(step, x, terms, lr_at(step, args))   # logs, saves, stops at Ctrl-C
     # [/shared: loop]

@@ -11,8 +11,8 @@ Bricken et al. 2023, 'Towards Monosemanticity', Transformer Circuits; --tied: Cu
                    l1 <- l1 * sum z^p_old / sum z^p_new, so that the penalty stays what it was
     --target-l0 L  l1 <- l1 * (l0 / L)^(40 / steps) * l0 / l0_before (bounded), from 30 to 80 %
 
-Departures from the papers, of the first of which we read a translation (docs/vanilla.md has the
-reasons and the smaller ones):
+Departures from the papers; of the first we read a translation, of the third notes by others and the
+code, not the text (docs/vanilla.md has the reasons and the smaller ones):
   - x is centred and scaled, so b_dec starts at the mean, not at the geometric median. The error is
     a sum over D: l1 is D * scale (printed at the start) times the coefficient of the first two.
     Karvonen et al. do not square the error; we do, as everywhere here.
@@ -37,7 +37,7 @@ import runs
 import sparse
 
 BETAS = 0.9, 0.999      # of Adam
-EPS = 1e-4              # in z^p
+EPS = 1e-4              # in z^p; also the least penalty and L0 that are divided by
 
 # --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
 
@@ -47,11 +47,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=runs.count, default=2_000_000, help="training tokens; default 2e6")
-    add("--batch-size", type=runs.count, default=2048, help="tokens a step, all processes; 2048")
-    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default falls with width, length")
-    add("--warmup", type=runs.count, help="steps of warm-up; default 1000, at most a tenth of all")
-    add("--dead-after", type=runs.count, help="silent tokens to be dead; 10e6, or 1 %% of all")
-    add("--seed", type=runs.at_least(0), default=0, help="of weights and data order; default 0")
+    add("--batch-size", type=runs.count, default=2048, help="tokens a step, in all; default 2048")
+    add("--lr", type=runs.at_least(1e-9, float), help="peak rate; default depends on F and steps")
+    add("--warmup", type=runs.count, help="steps to the peak; default 1000, at most a tenth of all")
+    add("--dead-after", type=runs.count, help="tokens without firing; 1 %% of all, at most 10e6")
+    add("--seed", type=runs.at_least(0), default=0, help="for weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
     add("--dense", action="store_true", help="train with the textbook loss, which is slower")
@@ -85,7 +85,7 @@ class VanillaSAE(nn.Module):
         if tied:
             nn.init.xavier_uniform_(self.W_dec)               # as Cunningham et al.
         else:
-            self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), stored as F rows
+            self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))  # (D, F), see runs.rows
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         b_dec = torch.zeros(d_in)
         self.b_dec = nn.Buffer(b_dec) if tied else nn.Parameter(b_dec)
@@ -111,14 +111,14 @@ class VanillaSAE(nn.Module):
 # --- loss -----------------------------------------------------------------------------------------
 
 def loss(sae, x, l1, p=1):
-    """The textbook: plain autograd, the equations above; p < 1 is for --p-end."""
+    """The textbook: plain autograd, the equations above; p < 1, of --p-end, needs EPS."""
     z = sae.encode(x)                                                                # (B, F)
     mse = (x - sae.decode(z)).pow(2).sum(1).mean()
     penalty = (z if p == 1 else (z + EPS) ** p - EPS ** p).sum(1).mean()
     return mse + l1 * penalty, dict(mse=mse, penalty=penalty), z
 
 def dense_loss(sae, x, state, args):
-    """What sparse_loss gives, by the textbook: for --dense."""
+    """`loss`, with the arguments and results of sparse_loss: for --dense."""
     p = 1 if state["p"] is None else state["p"]
     total, terms, z = loss(sae, x, state["weight"], p)
     terms.update(l1=state["weight"], l0=(z > 0).sum() / len(x),
@@ -126,19 +126,19 @@ def dense_loss(sae, x, state, args):
     return total, dict(loss=total, **terms), (z > 1e-3).float().sum(0)
 
 def sparse_loss(sae, x, state, args):
-    """The same value and gradients from the active entries alone, for training. Gives the loss of a
-    batch x [B, D], its terms, and how often each latent fired [F]."""
+    """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
+    loss of a batch x [B, D], its terms, and how often each latent fired, z > 1e-3: [F]."""
     W_enc, W_dec = sae.weights()
     pre, active = sparse.encode(                              # (x - b_dec) @ W_enc + b_enc
         x, W_enc, sae.b_enc, sae.b_dec, state["sparse"], state["room"])
-    z = pre.relu()                                            # those of Z: (n,), or all: (B, F)
+    z = pre.relu()                                            # entries of Z: (n,), or all: (B, F)
     x_hat = active.decode(z, W_dec) + sae.b_dec               # Z @ W_dec + b_dec: (B, D)
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
     penalty = sum_of_powers(z, state["p"], x)
-    after = penalty if state["p"] is None else sum_of_powers(z, state["p_next"], x)
-    total = (mse + state["weight"] * penalty) * active.fits   # fits: 1, or 0 where room was short
-    terms = dict(loss=total, mse=mse, penalty=penalty, l1=state["weight"], penalty_next=after,
-                 l0=(z > 0).sum() / len(x))
+    penalty_next = penalty if state["p"] is None else sum_of_powers(z, state["p_next"], x)
+    total = (mse + state["weight"] * penalty) * active.complete      # 0 if room was short
+    terms = dict(loss=total, mse=mse, penalty=penalty, l1=state["weight"],
+                 penalty_next=penalty_next, l0=(z > 0).sum() / len(x))
     return total, terms, active.t_sum((z > 1e-3).float())     # (Z > 1e-3).sum(0)
 
 # [shared: penalty]
@@ -157,7 +157,7 @@ def p_at(step, args):
 # --- training -------------------------------------------------------------------------------------
 
 def init_state(args, device):
-    """All that steps keep beside weights and moments, and --resume restores."""
+    """What steps and losses share beside weights and Adam's moments; --resume restores it."""
     return dict(
         # [shared: state]
         tokens_since_fired=torch.zeros(args.d_sae, dtype=torch.int64, device=device),
@@ -166,11 +166,11 @@ def init_state(args, device):
         # [shared: penalty_state]
         l1=torch.tensor(args.l1, device=device),      # weight of the penalty, when it is warmed up
         weight=None,                                  # of this step
-        p=None, p_next=None,                          # exponents of this step and the next
+        p=None, p_next=None,                          # exponents, now and next; None: 1, no power
         last_l0=torch.ones((), device=device),        # of the step before
         # [/shared: penalty_state]
         # [shared: form_state]
-        active=torch.inf,                             # entries per token in the step before
+        per_token=torch.inf,                          # active entries, in the step before
         sparse=False, room=0,                         # form of the codes: sparse.encode
         # [/shared: form_state]
     )
@@ -187,10 +187,10 @@ def lr_at(step, args):
 # [/shared: schedule]
 
 def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
-    """One whole optimisation step on a batch x [B, D]; the terms of the loss. No host sync."""
+    """One whole optimisation step on a batch x [B, D]. Returns the terms of the loss."""
     # [shared: form]
-    if step % runs.CHECK_EVERY == 0:                               # but here
-        active = float(state["active"])
+    if step % runs.CHECK_EVERY == 0:                   # float() waits for the device, so not always
+        active = float(state["per_token"])
         state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
     # [/shared: form]
@@ -205,15 +205,16 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         total, terms, fired = loss_fn(sae, x, state, args)
     total.backward()
     with torch.no_grad():
-        group, W = opt.param_groups[0], sae.W_dec
-        for p, view in zip(sae.parameters(), group["params"]):     # Adam holds views: runs.adam
-            view.grad = runs.all_reduce(runs.rows(p.grad))         # shares its memory with p.grad
+        views, W = opt.param_groups[0]["params"], sae.W_dec        # Adam holds views: runs.adam
+        for param, view in zip(sae.parameters(), views):           # Adam sees what W.grad becomes,
+            view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        bad = ~(norm + total).isfinite()                           # fused Adam reads found_inf,
-        opt.found_inf = runs.all_reduce(bad.float(), "max")        # and at 1 makes no update
-        group["lr"] = lr_at(step, args)
+        norm = nn.utils.clip_grad_norm_(views, 1.0)
+        bad = ~(norm + total).isfinite()                           # true if one is nan or inf
+        # Fused Adam reads this private attribute of GradScaler's, and makes no update where it is 1
+        opt.found_inf = runs.all_reduce(bad.float(), "max")
+        opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
         sae.zero_grad()
@@ -224,14 +225,15 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # [shared: after]
-    now, then, l0 = runs.all_reduce(torch.stack(
+    now, with_next_p, l0 = runs.all_reduce(torch.stack(            # penalties of the same codes
         [terms["penalty"], terms.pop("penalty_next"), terms["l0"]])).clamp_min(EPS)
-    l1 = state["l1"] * now / then
+    l1 = state["l1"] * now / with_next_p                           # their product stays what it was
     if args.target_l0 and 0.3 * args.steps <= step < 0.8 * args.steps:
+        # The first factor pulls L0 towards its target, the second resists its changes.
         steer = (l0 / args.target_l0).clamp(0.5, 2) ** (40 / args.steps) * l0 / state["last_l0"]
         l1 *= steer.clamp(0.8, 1.25)
-    new = dict(l1=l1, last_l0=l0, active=terms.get("gate_l0", terms["l0"]))
-    for name in new:                                               # but not from a bad batch
+    new = dict(l1=l1, last_l0=l0, per_token=terms.get("gate_l0", terms["l0"]))
+    for name in new:                               # a batch that is not finite must change nothing
         state[name] = torch.where(opt.found_inf > 0, state[name], new[name])
     # [/shared: after]
     return terms
@@ -248,11 +250,9 @@ def train(args):
     args.lr = args.lr or default_lr(args.d_sae, args.steps)
     torch.manual_seed(args.seed)
     # [/shared: start]
-    # [shared: penalty_defaults]
     args.l1_warmup = args.l1_warmup or max(1, args.steps // 20)
     if args.target_l0 and (args.target_l0 > args.d_sae or not args.l1):
         runs.fail(f"--target-l0: needs to be at most --d-sae {args.d_sae}, and --l1 above 0")
-    # [/shared: penalty_defaults]
     variant = "tied" if args.tied else "p-annealed" if args.p_end < 1 else "vanilla"
     sae = VanillaSAE(D, args.d_sae, args.tied).to(device)
     # [shared: loop]
@@ -263,7 +263,7 @@ def train(args):
         for step in run.steps:                                # from 0, or where --resume goes on
             x = source.batch(step)
             terms = train_step(sae, opt, x, state, step, args, loss_fn)
-            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:       # the host waits
+            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:  # nonzero: host waits
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
             run.end_step(step, x, terms, lr_at(step, args))   # logs, saves, stops at Ctrl-C
     # [/shared: loop]

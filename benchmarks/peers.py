@@ -113,7 +113,7 @@ class Ours(Peer):
 
     def plant(self, W, bias):
         super().plant(W, bias)
-        self.state["active"] = 0.0                 # as after ten steps of it: sparse from the start
+        self.state["per_token"] = 0.0                 # as after ten steps of it: sparse from the start
 
     def step(self, x):
         self.m.train_step(self.sae, self.opt, x, self.state, self.i, self.args)

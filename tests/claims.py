@@ -5,7 +5,7 @@ A test that holds a claim calls the fixture `claim` after its asserts, which mak
     claim("gated", "what it says", "the paper's figure", "ours, {fvu:.2f}", "reproduced", fvu=values)
 
 `fvu` is a number or several; those of all calls (seeds) become one range; tol=dict(fvu=.1) says how far it
-may be from the page's, where the rule in `differs` does not fit. `pytest -m claims --claims docs/CLAIMS.md`
+may be from the page's, where the rule in `differs` does not fit. `pytest -m claims --claims=docs/CLAIMS.md`
 writes the page, if every such test ran; any other session compares what it measured with the page.
 `python tests/claims.py` writes it with the rows of extra() alone made anew.
 """
@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/CLAIMS.md"
-COMMAND = "pytest -m claims --claims docs/CLAIMS.md"
+COMMAND = "pytest -m claims --claims=docs/CLAIMS.md"
 MARK = "<!-- Above: written by pytest --claims. Below: written by hand, and left as it is. -->"
 COLUMNS = "paper", "claim", "the paper's figure", "ours", "shown by", "verdict"
 Row = namedtuple("Row", "paper claim figure ours shown verdict")

@@ -208,10 +208,10 @@ def test_a_bad_batch_leaves_no_trace():
     x = torch.randn(64, 16)
     for step, batch in enumerate((x, x * torch.nan, x * 1e30, x)):      # 1e30: finite, its square is not
         before = {name: value.clone() for name, value in state.items() if name in (
-            "count", "peak", "seen", "active") and step}
+            "count", "peak", "seen", "per_token") and step}
         train_step(sae, opt, batch, state, step, args)
         assert all(torch.equal(state[name], value) for name, value in before.items()) or step == 3
-    assert sae.b_enc.isfinite().all() and sae.b_enc.min() < 0 and float(state["active"]) > 1
+    assert sae.b_enc.isfinite().all() and sae.b_enc.min() < 0 and float(state["per_token"]) > 1
 
 def test_frequencies_leave_out_what_was_bad():
     """Two good batches of four: the same biases as from those two alone."""
@@ -235,7 +235,7 @@ def test_a_batch_without_room_is_left_out(monkeypatch):
     W = sae.W_dec.detach().clone()
     train_step(sae, opt, x, state, 0, args)
     assert state["count"].sum() == state["peak"].sum() == state["seen"] == 0
-    assert torch.allclose(sae.W_dec, W) and 0 < float(state["active"]) <= 50 / 64
+    assert torch.allclose(sae.W_dec, W) and 0 < float(state["per_token"]) <= 50 / 64
 
 def test_groups_in_the_log_and_in_cfg(tmp_path):
     """Every line of metrics.jsonl has target and frequency of each group; cfg.json those of held-out

@@ -233,9 +233,9 @@ def test_claims_page_is_that_of_the_tests():
         assert page.pop((row.shown, row.claim), None) == row, f"{row}; run python tests/claims.py"
     for row in claims.calls():
         there = page.pop((row.shown, row.claim), None)
-        assert there and there._replace(ours=row.ours) == row, f"{row}; run pytest -m claims --claims docs/CLAIMS.md"
-        assert claims.ranges(row.ours, there.ours) is not None, f"{row}; run pytest -m claims --claims docs/CLAIMS.md"
-    assert not page, f"nothing shows {list(page)}; run pytest -m claims --claims docs/CLAIMS.md"
+        assert there and there._replace(ours=row.ours) == row, f"{row}; run pytest -m claims --claims=docs/CLAIMS.md"
+        assert claims.ranges(row.ours, there.ours) is not None, f"{row}; run pytest -m claims --claims=docs/CLAIMS.md"
+    assert not page, f"nothing shows {list(page)}; run pytest -m claims --claims=docs/CLAIMS.md"
 
 def test_claims_page_is_compared():
     """What a test measures fits its row, or the difference is named: other words, other numbers, and

@@ -247,10 +247,10 @@ def test_the_three_forms_of_encode_are_their_formulas(bias):
     values, where = sparse.encode(x, W.T, b, b_dec, False, 0)
     assert torch.allclose(values, pre) and isinstance(where, sparse.Dense)
     values, where = sparse.encode(x, W.T, b, b_dec, True, 0)
-    assert torch.allclose(values, pre[pre > 0]) and where.fits == 1
+    assert torch.allclose(values, pre[pre > 0]) and where.complete == 1
     assert torch.equal(torch.stack([where.row, where.col]), (pre > 0).nonzero().T)
     for room in (B * N, int((pre > 0).sum()), 50):
         values, where = sparse.encode(x, W.T, b, b_dec, True, max(1, room))
         n = min(int((pre > 0).sum()), room)
         assert len(values) == max(1, room) and (values[n:] == 0).all()
-        assert torch.allclose(values[:n], pre[pre > 0][:n]) and bool(where.fits) == (n == (pre > 0).sum())
+        assert torch.allclose(values[:n], pre[pre > 0][:n]) and bool(where.complete) == (n == (pre > 0).sum())

@@ -243,7 +243,7 @@ def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monke
     one_line(lambda: toy_run(variant, tmp_path / "run", "--tokens", 64 * 50), "not finite", "step 40",
              "--lr")
     saved = torch.load(tmp_path / "run/state.pt", weights_only=True)
-    assert variant in TOPK or saved["state"]["sparse"] and saved["state"]["active"] > 0.01
+    assert variant in TOPK or saved["state"]["sparse"] and saved["state"]["per_token"] > 0.01
     tensors = [*saved["sae"].values(), *(t for s in saved["opt"]["state"].values() for t in s.values()),
                *(t for t in saved["state"].values() if torch.is_tensor(t))]
     assert all(t.isfinite().all() for t in tensors)
@@ -278,7 +278,7 @@ def test_no_host_synchronisation_in_a_step(variant):
     sae, x = getattr(m, VARIANTS[variant][1])(64, 8192, **options).cuda(), torch.randn(512, 64).cuda()
     opt = runs.adam(sae, 1e-3, m.BETAS)
     args.widths = [512, 8192]
-    state = dict(m.init_state(args, "cuda"), dead=torch.arange(4000, device="cuda"), active=9.0)
+    state = dict(m.init_state(args, "cuda"), dead=torch.arange(4000, device="cuda"), per_token=9.0)
     m.train_step(sae, opt, x, state, 0, args)                              # allocations, libraries
     torch.cuda.set_sync_debug_mode("error")
     try:

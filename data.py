@@ -29,7 +29,7 @@ class ArgumentParser(runs.ArgumentParser):
         add("--cache-dir", type=Path, help="converted models and harvested activations; default "
                                            "~/.cache/six-saes")
         add("--activations", type=Path, help="X.npy [N, D] or a folder of .npy shards: no model")
-        add("--toy", help="toy model: a name in toy.py, or NAME:SEED; default flat")
+        add("--toy", help="toy model: in sources/toy.py, NAME or NAME:SEED; default flat")
 
 def open_source(args, device):
     """The source that the flags ask for; prints what it is. BadInput if the flags contradict each

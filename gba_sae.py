@@ -19,8 +19,8 @@ Departures from the paper; we read its project page with the algorithms, notes b
 reviews, neither the paper itself nor its code (docs/gba.md has the reasons and the smaller ones):
   - As printed, the second line ends in a maximum: a dead latent would jump to 0 or above. A
     reviewer, too, says that a minimum is meant. JumpReLU's form is inferred.
-  - x is centred and scaled by one number, theirs is of norm 1; so their floor of -1 for b_enc is
-    left out. While b_dec is fixed, no step down goes below -max|x - b_dec| in any case.
+  - x is centred and scaled by one number; theirs, as we read it, has norm 1. So their floor of -1
+    for b_enc is left out. While b_dec is fixed, no step down goes below -max|x - b_dec| anyway.
   - b_dec stays at the mean of the data; there it is trained (--train-b-dec).
   - --bias-every and the gammas depend on the run's length. Squares are not halved. Adam has no
     weight decay; rate and clipping are those of topk_sae.py. W starts at random directions.

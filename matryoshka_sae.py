@@ -9,7 +9,7 @@ Bussmann et al. 2024, arXiv 2412.06410.
     x_hat_g = z[:, :m_g] @ W_dec[:m_g] + b_dec            m_1 < ... < m_G = F: the levels' --widths
     loss    = sum_g balance^(G-g) mean_B |x - x_hat_g|^2 + auxk_alpha * D * aux
     aux     as in topk_sae.py, on the error of all latents, x - x_hat_G, without gradient
-    trained:  after training, z = pre where pre > threshold: about k of them per held-out token
+    trained:  z = pre where pre > threshold               about k of them per held-out token
 
 A level must reconstruct x alone, so the first ones learn what is common; later ones add detail.
 
@@ -139,7 +139,7 @@ def loss(sae, x, widths, weights, dead, auxk, auxk_alpha):
         pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
         vals, idx = pre.topk(min(auxk, len(dead)))
         e_hat = torch.zeros_like(pre).scatter(1, idx, vals.relu()) @ sae.W_dec[dead]
-        aux = (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum()
+        aux = (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum().clamp_min(1e-8 * len(e))
     # [/shared: aux]
     return total + auxk_alpha * x.shape[1] * aux, dict(mse=mse, aux=aux), z
 

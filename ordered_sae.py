@@ -131,7 +131,7 @@ def loss(sae, x, p, dead, auxk, auxk_alpha):
         pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
         vals, idx = pre.topk(min(auxk, len(dead)))
         e_hat = torch.zeros_like(pre).scatter(1, idx, vals.relu()) @ sae.W_dec[dead]
-        aux = (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum()
+        aux = (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum().clamp_min(1e-8 * len(e))
     # [/shared: aux]
     return total + auxk_alpha * x.shape[1] * aux, dict(mse=mse, aux=aux), z
 

@@ -1,8 +1,9 @@
 """How a run starts, logs, stops and is saved: what is neither the data nor the method.
 
 A run directory holds cfg.json and sae_weights.safetensors (the SAE, for raw activations, as SAELens
-reads it), metrics.jsonl (the log), and state.pt (what --resume goes on from). Every file is written
-under a temporary name and then renamed, so what was there before a failure is still there after it.
+reads it), metrics.jsonl (the log), and state.pt (what --resume goes on from). Every file but the
+log, to which lines are added, is written under a temporary name and then renamed, so what was there
+before a failure is still there after it.
 This file imports nothing of ours.
 """
 import argparse, contextlib, ctypes, json, os, re, shutil, signal, sys, threading, time
@@ -235,7 +236,8 @@ def load_state(args, source, sae, opt, state):
     except Exception as err:
         fail(f"--resume: {args.out / 'state.pt'} is damaged ({first_line(err)})")
     if set(old) != set(flags(args)) or set(saved["sae"]) != set(sae.state_dict()):
-        fail(f"--resume: {args.out} is a run of another script; choose another --out")
+        fail(f"--resume: {args.out} is a run of another script, or of another version of it; "
+             "choose another --out")
     for name, value in flags(args).items():
         if name not in FREE_TO_CHANGE and old.get(name) != value:
             flag = "--" + name.replace("_", "-")

@@ -4,7 +4,7 @@ An entry is one latent on one token. Of the B F entries of the codes Z [B, F] (B
 most are 0. Values and gradients are computed from the n entries that may differ from 0, at a cost
 of n D in place of B F D (D: dimension of x), so no [B, F] gradient exists. The exception is the
 class Dense: until the codes of ReLU, gated and GBA SAEs are sparse, plain autograd is faster. The
-docstring of each function is the dense formula that it equals; tests/test_losses.py checks each.
+docstring of each function is the dense formula that it equals; the tests check each.
 
 The product x @ W_enc stays dense, since it decides which latents are active. Except with Dense it
 runs without autograd, and Encode computes the gradients of the active entries.
@@ -130,7 +130,7 @@ def top(pre, k):
 def flat_top(pre, n):
     """pre.topk(n).indices.sort().values, for pre [N], exactly. The n largest are sought above a
     threshold that a sample sets; among all entries on CUDA, and where the sample misleads."""
-    sample, found = pre[::61], pre.new_empty(0)               # 61 is prime: it meets all latents
+    sample, found = pre[::61], pre.new_empty(0)               # 61 is prime: it meets most latents
     rank = int(n / 61 + 4 * (n / 61) ** 0.5) + 4              # 4 standard deviations to be safe
     if rank < len(sample) and not pre.is_cuda:
         found = (pre > sample.topk(rank, sorted=False).values.min()).nonzero()[:, 0]

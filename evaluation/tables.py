@@ -94,7 +94,7 @@ def plot(groups, path):
 
 def agreement(measured):
     """Agreement between the seeds of each setting: added to its rows; a table, if there is any."""
-    groups, lines, skip = {}, [], runs.FREE_TO_CHANGE | {"seed"}
+    groups, lines, skip = {}, [], runs.FREE_TO_CHANGE | {"seed", "dense"}
     for sae, row, (_, peak, _) in measured:
         if "seed" in sae.flags:
             key = json.dumps({k: v for k, v in sae.flags.items() if k not in skip}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""evaluate.py and metrics.py: definitions on random data, cases worked by hand, perfect and useless SAEs,
+"""evaluate.py and evaluation/metrics.py: definitions on random data, cases worked by hand, perfect and useless SAEs,
 SAELens' own directories, the command as a user runs it, and bad input."""
 import itertools
 import json

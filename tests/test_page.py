@@ -1,4 +1,4 @@
-"""page.py in a real browser: what a person sees, clicks and types. Needs Chromium and its driver.
+"""evaluation/page.py in a real browser: what a person sees, clicks and types. Needs Chromium and its driver.
 
 PAGE_SCREENSHOTS=DIR pytest tests/test_page.py also leaves pictures of the page in DIR.
 """

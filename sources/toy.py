@@ -206,6 +206,8 @@ PRESETS = {
 
 # --- the source -----------------------------------------------------------------------------------
 
+ROWS = 65536                       # samples that give mean and scale, and others that are held out
+
 class ToySource(Source):
     """Fresh samples of a toy model; `truth` is the Toy, whose `features` [n, D] are the answer."""
     def __init__(self, args, device):
@@ -214,7 +216,7 @@ class ToySource(Source):
             self.truth = Toy.preset(args.toy)
         except (KeyError, ValueError):
             runs.fail(f"--toy {args.toy}: use NAME or NAME:SEED, NAME one of {', '.join(PRESETS)}")
-        x = self._sample(65536, 1)
+        x = self._sample(ROWS, 1)
         mean = x.mean(0)
         super().__init__(args, device, self.truth.d, mean, (x - mean).norm(dim=1).mean().item(),
                          {"model_name": f"toy:{args.toy}"})
@@ -227,4 +229,4 @@ class ToySource(Source):
         return self._sample(self.batch_size, 3, self.seed, step)[self.slice]
 
     def _heldout(self):
-        return self._sample(65536, 2)
+        return self._sample(ROWS, 2)

@@ -126,14 +126,17 @@ def verbatim(lines, base):
     return {i for block in blocks for i in range(block.b, block.b + block.size)}
 
 def test_most_lines_stand_verbatim_elsewhere():
-    """At least half of a script's lines stand in another one, in its order. Prints how many."""
+    """At least 70 % of a script's lines stand in another one, in its order (matryoshka_sae.py 60 %, whose
+    codes compete in the batch; gba_sae.py 50 %, whose weights are tied and which has a rule instead of a
+    term). Prints how many."""
     text = {path.name: path.read_text().splitlines() for path in SCRIPTS}
     for name, lines in text.items():
         same = {other: verbatim(lines, base) for other, base in text.items() if other != name}
         anywhere = set().union(*same.values())
         print(f"{name}: {len(lines)} lines, {len(anywhere) / len(lines):.0%} in another script; "
               + ", ".join(f"{len(found) / len(lines):.0%} in {other}" for other, found in same.items()))
-        assert len(anywhere) >= 0.5 * len(lines), name
+        least = {"matryoshka_sae.py": 0.6, "gba_sae.py": 0.5}.get(name, 0.7)
+        assert len(anywhere) >= least * len(lines), name
 
 def test_files_keep_their_size():
     """Ceilings, with room below them: a comment more must not fail here."""

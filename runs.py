@@ -135,7 +135,8 @@ def setup(args):
     # fp32 and fp32-onednn); on CPUs with AMX it would mean bf16.
     onednn = device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
     torch.set_float32_matmul_precision("medium" if onednn else "high")
-    args.bf16 = has_fast_bf16(device) if args.bf16 is None else args.bf16
+    if args.bf16 is None:                       # --dense: its sums would be in bf16, too
+        args.bf16 = has_fast_bf16(device) and not args.dense
     return device
 
 def keep_freed_memory():

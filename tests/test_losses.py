@@ -212,6 +212,9 @@ def test_dense_has_its_limits(tmp_path, one_line, monkeypatch):
         m.setenv("WORLD_SIZE", "2")
         one_line(lambda: topk_sae.train(topk_sae.parse_args(flags)), "--dense", "torchrun")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    args = topk_sae.parse_args(flags)
+    runs.setup(args)
+    assert args.bf16 is False                                 # by default
     args = topk_sae.parse_args(["--model", "toy", "--device", "mps", "--out", str(tmp_path / "run")])
     one_line(lambda: runs.setup(args), "--device mps", "--dense")
 

@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--seed", type=runs.at_least(0), default=0, help="for weights and data order; default 0")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 matmuls; default where fast")
-    add("--dense", action="store_true", help="train with the textbook loss, which is slower")
+    add("--dense", action="store_true", help="train with the textbook loss; float32 by default")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")

@@ -135,7 +135,7 @@ def setup(args):
     # fp32 and fp32-onednn); on CPUs with AMX it would mean bf16.
     onednn = device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
     torch.set_float32_matmul_precision("medium" if onednn else "high")
-    if args.bf16 is None:                       # --dense: its sums would be in bf16, too
+    if args.bf16 is None:                       # with --dense sums, too, would be in bf16
         args.bf16 = has_fast_bf16(device) and not args.dense
     return device
 

@@ -7,7 +7,7 @@
 writes the L0 and explained variance that SAELens itself computes on the held-out rows, by the lines of its
 trainer's log. Two of them are not trained: they are there for the normalisation of their inputs.
 """
-import argparse, datetime, importlib.metadata, json, sys, tempfile
+import argparse, datetime, importlib.metadata, json, sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]

@@ -22,8 +22,8 @@ def spans(path):
     """{name: text} of the spans of a script."""
     text = path.read_text()
     found = {name: body for _, name, body in SPAN.findall(text)}
-    assert len(found) == text.count("# [shared: ") - text.count("# [shared: NAME]") == \
-        text.count("# [/shared: "), f"{path.name}: a span that is open, closed or named twice"
+    assert len(found) == text.count("# [shared: ") == text.count("# [/shared: "), \
+        f"{path.name}: a span that is open, closed or named twice"
     return found
 
 def differing():

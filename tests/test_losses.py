@@ -15,7 +15,7 @@ import runs
 import sparse
 import topk_sae
 import vanilla_sae
-from conftest import ROOT, mcc, run_script
+from conftest import ROOT, mcc
 from sources.toy import ToySource
 from test_runs import VARIANTS
 
@@ -199,8 +199,8 @@ def test_dense_training_agrees(variant, tmp_path):
     for how in ([], ["--dense"]):
         m = __import__(script)
         argv = ["--model", "toy", "--toy", "song", "--d-sae", 90, "--batch-size", 64, "--tokens", 64 * 20, "--no-bf16",
-                "--dead-after", 64 * 3, "--log-every", 10, *flags, "--out", tmp_path / f"r{len(saes)}", "--p-end", 0.9]
-        argv = argv[:-2] if "--p-end" not in flags else argv
+                "--dead-after", 64 * 3, "--log-every", 10, *flags, "--out", tmp_path / f"r{len(saes)}"]
+        argv += ["--p-end", 0.9] if "--p-end" in flags else []
         saes.append(m.train(m.parse_args([str(a) for a in [*argv, "--lr", 1e-3, *how]])))
     for (name, a), b in zip(saes[0].named_parameters(), saes[1].parameters()):
         assert torch.allclose(a, b, atol=1e-4), (name, (a - b).abs().max())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import data
 import runs
-from evaluation import metrics, saved
+from evaluation import saved
 from sources import lm
 from conftest import run_script
 from othello import boards, game, steer, train

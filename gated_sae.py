@@ -207,31 +207,35 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        norm = nn.utils.clip_grad_norm_(views, 1.0)
-        bad = ~(norm + total).isfinite()                           # true if one is nan or inf
-        # Fused Adam reads this private attribute of GradScaler's, and makes no update where it is 1
-        opt.found_inf = runs.all_reduce(bad.float(), "max")
+        # Fused Adam reads two private attributes of GradScaler's: it divides gradients by grad_scale,
+        # here their norm, and changes nothing where found_inf is 1.
+        opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
+        bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
+        opt.bad = runs.all_reduce(bad, "max")                      # 1: no gradient, 2: nan or inf
+        opt.found_inf = opt.bad.clamp(max=1)
         opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
         sae.zero_grad()
+        made = opt.bad == 0                                        # else nothing may change
         if sae.unit_norm:
-            W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
-        state["tokens_since_fired"] += args.batch_size
-        state["tokens_since_fired"].masked_fill_(runs.all_reduce(fired, "sum") > 0, 0)
+            W /= torch.where(made, torch.linalg.vector_norm(W, dim=1, keepdim=True), 1)
+        state["tokens_since_fired"] += made * args.batch_size
+        state["tokens_since_fired"].masked_fill_(made & (runs.all_reduce(fired, "sum") > 0), 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # [shared: after]
-    now, with_next_p, l0 = runs.all_reduce(torch.stack(            # penalties of the same codes
-        [terms["penalty"], terms.pop("penalty_next"), terms["l0"]])).clamp_min(EPS)
+    active = terms.get("gate_l0", terms["l0"])                     # entries of a token
+    now, with_next_p, l0, active = runs.all_reduce(torch.stack(    # penalties of the same codes
+        [terms["penalty"], terms.pop("penalty_next"), terms["l0"], active])).clamp_min(EPS)
     l1 = state["l1"] * now / with_next_p                           # their product stays what it was
     if args.target_l0 and 0.3 * args.steps <= step < 0.8 * args.steps:
         # The first factor pulls L0 towards its target, the second resists its changes.
         steer = (l0 / args.target_l0).clamp(0.5, 2) ** (40 / args.steps) * l0 / state["last_l0"]
         l1 *= steer.clamp(0.8, 1.25)
-    new = dict(l1=l1, last_l0=l0, per_token=terms.get("gate_l0", terms["l0"]))
-    for name in new:                               # a batch that is not finite must change nothing
-        state[name] = torch.where(opt.found_inf > 0, state[name], new[name])
+    for name, new in dict(l1=l1, last_l0=l0).items():              # a step left out changes nothing
+        state[name] = torch.where(made, new, state[name])
+    state["per_token"] = torch.where(opt.bad < 2, active, state["per_token"])
     # [/shared: after]
     return terms
 

@@ -134,8 +134,7 @@ def dense_loss(sae, x, state, args):
     with torch.no_grad():
         y = sae.pre_acts(x)
         count, peak = (y > 0).float().sum(0), y.amax(0).relu()
-    terms = dict(loss=total, mse=total, l0=count.sum() / len(x), peak=peak)
-    return total, dict(terms, complete=torch.ones_like(total)), count
+    return total, dict(loss=total, mse=total, l0=count.sum() / len(x), peak=peak), count
 
 def sparse_loss(sae, x, state, args):
     """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
@@ -148,10 +147,8 @@ def sparse_loss(sae, x, state, args):
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
     count = active.t_sum((y > 0).float())                     # (Y > 0).sum(0): (F,)
     total = mse * active.complete                             # 0 where room was short
-    terms = dict(loss=total, mse=mse, l0=count.sum() / len(x))
-    terms.update(peak=active.t_max(y.detach()),               # Y.amax(0), or 0: (F,)
-                 complete=torch.ones_like(mse) * active.complete)
-    return total, terms, count
+    terms = dict(loss=total, mse=mse, l0=count.sum() / len(x), peak=active.t_max(y.detach()))
+    return total, terms, count                                # peak: Y.amax(0), or 0: (F,)
 
 # --- bias adaptation ------------------------------------------------------------------------------
 
@@ -163,11 +160,11 @@ def adapt(b, q, r, p, group, args, eps=1e-6):
     return torch.where(q > p, b - args.gamma_down * r,
                        torch.where(q < eps, (b + args.gamma_up * r_mean).clamp_max(0), b))
 
-def track(sae, fired, peak, usable, state, step, args):
-    """Add the global batch to the statistics, if it is usable (1, not 0); adapt when it is time."""
-    state["seen"] += usable * args.batch_size
-    state["count"] += torch.where(usable > 0, fired, 0)
-    state["peak"] = torch.maximum(state["peak"], torch.where(usable > 0, peak, 0))
+def track(sae, fired, peak, made, state, step, args):
+    """Add the global batch to the statistics, if its step was made; adapt when it is time."""
+    state["seen"] += made * args.batch_size
+    state["count"] += torch.where(made, fired, 0)
+    state["peak"] = torch.maximum(state["peak"], torch.where(made, peak, 0))
     if (step + 1) % args.bias_every == 0:
         q, p = state["count"] / state["seen"].clamp_min(1), state["target"][state["group"]]
         sae.b_enc.copy_(adapt(sae.b_enc, q, state["peak"], p, state["group"], args))
@@ -246,28 +243,29 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        norm = nn.utils.clip_grad_norm_(views, 1.0)
-        bad = ~(norm + total).isfinite()                           # true if one is nan or inf
-        # Fused Adam reads this private attribute of GradScaler's, and makes no update where it is 1
-        opt.found_inf = runs.all_reduce(bad.float(), "max")
+        # Fused Adam reads two private attributes of GradScaler's: it divides gradients by grad_scale,
+        # here their norm, and changes nothing where found_inf is 1.
+        opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
+        bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
+        opt.bad = runs.all_reduce(bad, "max")                      # 1: no gradient, 2: nan or inf
+        opt.found_inf = opt.bad.clamp(max=1)
         opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()
         opt.zero_grad()
         sae.zero_grad()
+        made = opt.bad == 0                                        # else nothing may change
         if sae.unit_norm:
-            W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
-        state["tokens_since_fired"] += args.batch_size
-        state["tokens_since_fired"].masked_fill_(runs.all_reduce(fired, "sum") > 0, 0)
+            W /= torch.where(made, torch.linalg.vector_norm(W, dim=1, keepdim=True), 1)
+        state["tokens_since_fired"] += made * args.batch_size
+        state["tokens_since_fired"].masked_fill_(made & (runs.all_reduce(fired, "sum") > 0), 0)
     terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # From here on `fired` counts the global batch, since the step above has summed it in place. All
     # statistics are of the forward pass above, before Adam's step.
     with torch.no_grad():
-        peak, finite = runs.all_reduce(terms.pop("peak"), "max"), 1 - opt.found_inf
-        state["per_token"] = torch.where(finite > 0, fired.sum() / args.batch_size,
-                                         state["per_token"])
-        usable = finite * (runs.all_reduce(terms.pop("complete")) == 1)
-        track(sae, fired, peak, usable, state, step, args)
+        active, peak = fired.sum() / args.batch_size, runs.all_reduce(terms.pop("peak"), "max")
+        state["per_token"] = torch.where(opt.bad < 2, active, state["per_token"])
+        track(sae, fired, peak, made, state, step, args)
         group_sum = torch.zeros_like(state["target"]).index_add_(0, state["group"], fired)
     terms.update(target=state["target"], freq=group_sum / state["size"] / args.batch_size)
     return terms

@@ -262,8 +262,8 @@ class Run:
 
     `state` is a dict of what the steps keep besides weights and moments; --resume restores it. It
     holds tokens_since_fired and dead. Ctrl-C or SIGTERM ends the run after a step, saved, with exit
-    code 130. A loss or gradient that is not finite ends it with BadInput; the updates of such steps
-    were left out, as fused Adam leaves a step out when opt.found_inf is 1."""
+    code 130. A loss or gradient that is not finite, where opt.bad is 2, ends it with BadInput; such
+    steps were left out, as fused Adam leaves a step out where opt.found_inf is 1."""
     def __init__(self, args, variant, source, sae, opt, state):
         run_dir(args, variant)
         self.args, self.path = args, args.out / "metrics.jsonl"
@@ -291,7 +291,7 @@ class Run:
         """After step `step`, counted from 0, on the batch x [B, D]. The host waits for the device
         only every CHECK_EVERY steps, and where it logs or saves."""
         args, (_, _, opt, state) = self.args, self.saved
-        self.bad += opt.found_inf
+        self.bad += opt.bad == 2
         done, last = step + 1, step + 1 == args.steps
         halt = False
         if done % CHECK_EVERY == 0 or last:

@@ -1,4 +1,5 @@
 """Runs of every script: saving, SAELens, resume, Ctrl-C, torchrun, bad losses, every flag."""
+import copy
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 import data
 import runs
+import sparse
 from sources import toy as toys
 from conftest import ROOT, mcc
 
@@ -212,20 +214,41 @@ def test_ctrl_c_on_the_command_line(tmp_path):
     assert run.returncode == 130 and "Traceback" not in err
     assert f"--resume --out {tmp_path / 'run'}" in out and (tmp_path / "run/state.pt").exists()
 
+def torchrun(*argv):
+    """Two processes of a script."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+                           *map(str, argv)], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
 @quick_for("topk", "gated")
 def test_two_processes_equal_one(variant, tmp_path):
-    """torchrun with two processes gives the weights of one process at the same global batch. (p ends
-    at .9 here: the gradient of z^.5 at z = 0 makes 1e-4 of the 1e-8 by which sums round apart.)"""
+    """torchrun with two processes gives the weights of one process at the same global batch, and the very
+    same weights if it is stopped and resumed. (p ends at .9 here: the gradient of z^.5 at z = 0 makes 1e-4
+    of the 1e-8 by which sums round apart.)"""
     argv = [str(a) for a in [*toy_flags(variant), "--tokens", 64 * 25, "--device", "cpu",
                              "--log-every", 5, *(["--p-end", 0.9] if variant in L1 else [])]]
-    job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                          "--standalone", VARIANTS[variant][0] + ".py", *argv, "--out",
-                          tmp_path / "two"], cwd=ROOT, text=True, capture_output=True,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    script = VARIANTS[variant][0]
+    job = torchrun(f"{script}.py", *argv, "--out", tmp_path / "two")
     assert job.returncode == 0, job.stderr
+    if variant != "topk":                                  # for time
+        (tmp_path / "cut.py").write_text(f"""import os, signal, {script} as script
+real = script.train_step
+def step(sae, opt, x, state, step, *rest):
+    if step == 12 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(sae, opt, x, state, step, *rest)
+script.train_step = step
+script.train(script.parse_args())
+""")
+        torchrun(tmp_path / "cut.py", *argv, "--out", tmp_path / "cut")
+        assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 20
+        again = torchrun(f"{script}.py", *argv, "--out", tmp_path / "cut", "--resume")
+        assert again.returncode == 0, again.stderr
+        cut = runs.load_sae(tmp_path / "cut")[1]
     run(variant, *argv, "--out", tmp_path / "one")
     one, two = (runs.load_sae(tmp_path / name)[1] for name in ("one", "two"))
     for n, p in two.items():
+        assert variant == "topk" or torch.equal(p, cut[n]), n
         atol = 1e-5 if variant in TOPK else 1e-4
         assert torch.allclose(p, one[n], atol=atol), (n, (p - one[n]).abs().max())
     logs = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
@@ -235,6 +258,37 @@ def test_two_processes_equal_one(variant, tmp_path):
     for a, b in zip(*logs):
         assert all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a if k != "tok_s")
     assert job.stdout.count("held out") == 1
+    if variant not in TOPK:                                # of the global batch, as a resumed run gets it
+        a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["state"] for name in ("one", "two"))
+        assert float(a["per_token"]) == pytest.approx(float(b["per_token"]), rel=1e-5)
+
+@pytest.mark.parametrize("variant, fault", [(v, fault) for v in VARIANTS for fault in ("nan", "inf", "room")
+                                            if fault != "room" or v not in TOPK])
+def test_a_step_that_is_left_out_changes_nothing(variant, fault, tmp_path, monkeypatch):
+    """Bit for bit: weights, moments, controllers, statistics. The batch holds NaN, or squares overflow,
+    or, as on CUDA, more latents are active than there is room for: their number alone is kept, for more
+    room at the next check."""
+    real, calls = script(variant).train_step, []
+    class Seen(Exception): pass
+    def step(sae, opt, x, state, step, args, *rest):
+        if step < 24:                                      # no update of biases after step 24
+            return real(sae, opt, x, state, step, args, *rest)
+        everything = lambda: copy.deepcopy([dict(sae.state_dict()), opt.state_dict()["state"], {
+            k: v for k, v in state.items() if k not in ("per_token", "weight", "p", "p_next", "n")}])
+        before, active = everything(), state.get("per_token")
+        if fault == "room":
+            monkeypatch.setattr(sparse, "encode", lambda *rest: sparse.encode_fixed(*rest[:4], room=5))
+        real(sae, opt, x * dict(nan=torch.nan, inf=1e30, room=1)[fault], state, step, args, *rest)
+        flat = lambda tree: tree if not isinstance(tree, (dict, list)) else [
+            leaf for part in (tree.values() if isinstance(tree, dict) else tree)
+            for leaf in (flat(part) if isinstance(part, (dict, list)) else [part])]
+        pairs = list(zip(flat(before), flat(everything()), strict=True))
+        assert len(pairs) > 10 and all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
+        assert active is None or (float(state["per_token"]) == float(active)) == (fault != "room")
+        raise Seen
+    monkeypatch.setattr(script(variant), "train_step", step)
+    with pytest.raises(Seen):
+        toy_run(variant, tmp_path / "run")
 
 @each_variant
 def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monkeypatch, one_line):

@@ -121,11 +121,11 @@ def sparse_loss(sae, x, state, args):
     """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
     loss of a batch x [B, D], its terms, and how often each latent fired, z > 1e-3: [F]."""
     gate, active = sparse.encode(                             # (x - b_dec) @ W_enc + b_gate
-        x, sae.W_enc, sae.b_gate, sae.b_dec, state["sparse"], state["room"])
+        x, sae.W_enc, sae.b_gate.detach(), sae.b_dec, state["sparse"], state["room"])
     b_gate, scale, b_mag = (                                  # each as (n,), or (B, F) by expansion
         active.lookup(v).to(gate.dtype) for v in (sae.b_gate, sae.r_mag.exp(), sae.b_mag))
-    mag = scale * (gate - b_gate) + b_mag
-    z, opened = (gate > 0) * mag.relu(), gate.relu()            # entries of Z: (n,), or all: (B, F)
+    s = gate - b_gate.detach()
+    z, opened = (gate > 0) * (scale * s + b_mag).relu(), (s + b_gate).relu()  # (n,) or (B, F)
     x_hat = active.decode(z, sae.W_dec) + sae.b_dec           # Z @ W_dec + b_dec: (B, D)
     aux_hat = active.decode(opened, sae.W_dec.detach()) + sae.b_dec.detach()           # (B, D)
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)

@@ -125,7 +125,7 @@ def sparse_loss(sae, x, state, args):
     b_gate, scale, b_mag = (                                  # each as (n,), or (B, F) by expansion
         active.lookup(v).to(gate.dtype) for v in (sae.b_gate, sae.r_mag.exp(), sae.b_mag))
     s = gate - b_gate.detach()
-    z, opened = (gate > 0) * (scale * s + b_mag).relu(), (s + b_gate).relu()  # (n,) or (B, F)
+    z, opened = (gate > 0) * (scale * s + b_mag).relu(), (s + b_gate).relu()
     x_hat = active.decode(z, sae.W_dec) + sae.b_dec           # Z @ W_dec + b_dec: (B, D)
     aux_hat = active.decode(opened, sae.W_dec.detach()) + sae.b_dec.detach()           # (B, D)
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
@@ -168,7 +168,7 @@ def init_state(args, device):
         # [/shared: penalty_state]
         # [shared: form_state]
         per_token=torch.inf,                          # active entries, in the step before
-        sparse=False, room=0,                         # form of the codes: sparse.encode
+        sparse=False, room=0, blocks=1,               # form of the codes: sparse.encode, .backward
         # [/shared: form_state]
     )
 
@@ -190,6 +190,8 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         active = float(state["per_token"])
         state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
+        most = min(8, len(x) // 512, len(x) * args.d_sae >> 23)      # blocks of 512 tokens or more
+        state["blocks"] = 1 if state["sparse"] else max(1, most)
     # [/shared: form]
     # [shared: before]
     p_now, p_next = p_at(step, args), p_at(step + 1, args)
@@ -198,16 +200,14 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     state["weight"] = state["l1"] * min(1, (step + 1) / args.l1_warmup)
     # [/shared: before]
     # [shared: step]
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        total, terms, fired = loss_fn(sae, x, state, args)
-    total.backward()
+    total, terms, fired = sparse.backward(loss_fn, sae, x, state, args)
     with torch.no_grad():
         views, W = opt.param_groups[0]["params"], sae.W_dec        # Adam holds views: runs.adam
         for param, view in zip(sae.parameters(), views):           # Adam sees what W.grad becomes,
             view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        # Fused Adam reads two private attributes of GradScaler's: it divides gradients by grad_scale,
+        # Fused Adam reads two private attributes of GradScaler: it divides gradients by grad_scale,
         # here their norm, and changes nothing where found_inf is 1.
         opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
         bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
@@ -222,7 +222,6 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             W /= torch.where(made, torch.linalg.vector_norm(W, dim=1, keepdim=True), 1)
         state["tokens_since_fired"] += made * args.batch_size
         state["tokens_since_fired"].masked_fill_(made & (runs.all_reduce(fired, "sum") > 0), 0)
-    terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # [shared: after]
     active = terms.get("gate_l0", terms["l0"])                     # entries of a token

@@ -205,7 +205,7 @@ def init_state(args, device):
         # [/shared: state]
         # [shared: form_state]
         per_token=torch.inf,                          # active entries, in the step before
-        sparse=False, room=0,                         # form of the codes: sparse.encode
+        sparse=False, room=0, blocks=1,               # form of the codes: sparse.encode, .backward
         # [/shared: form_state]
         target=targets(args).to(device),              # p of each group: [K]
         group=group, size=group.bincount(),           # of each latent: [F]; latents in each: [K]
@@ -232,18 +232,18 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         active = float(state["per_token"])
         state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
+        most = min(8, len(x) // 512, len(x) * args.d_sae >> 23)      # blocks of 512 tokens or more
+        state["blocks"] = 1 if state["sparse"] else max(1, most)
     # [/shared: form]
     # [shared: step]
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        total, terms, fired = loss_fn(sae, x, state, args)
-    total.backward()
+    total, terms, fired = sparse.backward(loss_fn, sae, x, state, args)
     with torch.no_grad():
         views, W = opt.param_groups[0]["params"], sae.W_dec        # Adam holds views: runs.adam
         for param, view in zip(sae.parameters(), views):           # Adam sees what W.grad becomes,
             view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        # Fused Adam reads two private attributes of GradScaler's: it divides gradients by grad_scale,
+        # Fused Adam reads two private attributes of GradScaler: it divides gradients by grad_scale,
         # here their norm, and changes nothing where found_inf is 1.
         opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
         bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
@@ -258,7 +258,6 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             W /= torch.where(made, torch.linalg.vector_norm(W, dim=1, keepdim=True), 1)
         state["tokens_since_fired"] += made * args.batch_size
         state["tokens_since_fired"].masked_fill_(made & (runs.all_reduce(fired, "sum") > 0), 0)
-    terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     # From here on `fired` counts the global batch, since the step above has summed it in place. All
     # statistics are of the forward pass above, before Adam's step.

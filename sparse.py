@@ -183,6 +183,23 @@ def encode_fixed(x, W_enc, bias, b_dec, room):
         active.complete = on.sum() <= room
     return Encode.apply(vals, active, x, W_enc, bias, b_dec), active
 
+def backward(loss_fn, sae, x, state, args):
+    """loss_fn(sae, x, state, args), and the gradients of the loss, its first result; in as many
+    blocks of tokens as state["blocks"] says, one after another, since all of [B, F], several times
+    over, may not fit into memory. Terms are means over tokens, but "peak", which is a maximum."""
+    totals, terms, counts = [], [], []
+    for part in x.chunk(state.get("blocks", 1)):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+            total, term, fired = loss_fn(sae, part, state, args)
+        share = len(part) / len(x)
+        (total * share).backward()
+        totals.append(total.detach() * share)
+        terms.append({n: t.detach() * (1 if n == "peak" else share) for n, t in term.items()})
+        counts.append(fired)
+    join = lambda n: torch.stack([t[n] for t in terms])
+    terms = {n: join(n).amax(0) if n == "peak" else join(n).sum(0) for n in terms[0]}
+    return sum(totals), terms, sum(counts)
+
 # --- nested dictionaries: Matryoshka, Ordered -----------------------------------------------------
 
 class Nested(torch.autograd.Function):

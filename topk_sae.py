@@ -178,16 +178,14 @@ def lr_at(step, args):
 def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     """One whole optimisation step on a batch x [B, D]. Returns the terms of the loss."""
     # [shared: step]
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        total, terms, fired = loss_fn(sae, x, state, args)
-    total.backward()
+    total, terms, fired = sparse.backward(loss_fn, sae, x, state, args)
     with torch.no_grad():
         views, W = opt.param_groups[0]["params"], sae.W_dec        # Adam holds views: runs.adam
         for param, view in zip(sae.parameters(), views):           # Adam sees what W.grad becomes,
             view.grad = runs.all_reduce(runs.rows(param.grad))     # since its memory is view.grad's
         if sae.unit_norm:                                          # move along the sphere
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
-        # Fused Adam reads two private attributes of GradScaler's: it divides gradients by grad_scale,
+        # Fused Adam reads two private attributes of GradScaler: it divides gradients by grad_scale,
         # here their norm, and changes nothing where found_inf is 1.
         opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
         bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
@@ -202,7 +200,6 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             W /= torch.where(made, torch.linalg.vector_norm(W, dim=1, keepdim=True), 1)
         state["tokens_since_fired"] += made * args.batch_size
         state["tokens_since_fired"].masked_fill_(made & (runs.all_reduce(fired, "sum") > 0), 0)
-    terms = {name: term.detach() for name, term in terms.items()}
     # [/shared: step]
     return terms
 

@@ -5,6 +5,7 @@ here (10 to 12); the defaults of both scripts were chosen on seeds 0 to 2 and on
 since, with the same bounds: p-annealing trains 2000 steps (at 1000, seed 10 had a gamma of .940,
 just within its bound), the tied SAE 1200 (from 1500, for time).
 """
+import importlib
 import inspect
 from argparse import Namespace
 from statistics import mean
@@ -16,6 +17,7 @@ from sklearn.decomposition import PCA, FastICA
 
 import gated_sae
 import runs
+import sparse
 import vanilla_sae
 from conftest import mcc, trained
 from gated_sae import GatedSAE
@@ -145,6 +147,21 @@ def test_gradient_of_b_gate_in_bf16():
         grads.append(torch.stack([sae.b_gate.grad, sae.b_mag.grad]))
     gate, mag = (grads[0] - grads[1]).norm(dim=1) / grads[0].norm(dim=1)
     assert gate < 1.2 * mag
+
+@pytest.mark.parametrize("name", ["vanilla", "gated", "gba"])
+def test_blocks_of_the_batch_add_up(name):
+    """The dense form in blocks of tokens, as in large batches: same loss, terms, gradients, counts, peaks."""
+    torch.manual_seed(0)
+    script = importlib.import_module(f"{name}_sae")
+    args = script.parse_args(["--d-sae", "40", "--no-bf16"])
+    sae = next(v for n, v in vars(script).items() if n.lower() == f"{name}sae")(12, 40).double()
+    x, results = torch.randn(20, 12).double(), []
+    for blocks in (1, 3):
+        sae.zero_grad()
+        state = dict(script.init_state(args, torch.device("cpu")), weight=torch.tensor(0.7), blocks=blocks)
+        total, terms, fired = sparse.backward(script.sparse_loss, sae, x, state, args)
+        results.append([total, fired, *terms.values(), *(p.grad.clone() for p in sae.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*results, strict=True))
 
 def test_tied_decoder_rows_feel_the_normalisation():
     """The gradient of a tied row is orthogonal to it, and scaling rows changes nothing."""

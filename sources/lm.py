@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from othello import game, model as gpt
 from runs import fail, first_line, has_fast_bf16, rank, replacing, world_size
-from sources.arrays import PIECE, ArraySource, Shards, chunk_size, statistics
+from sources.arrays import PIECE, ArraySource, Shards, chunk_size, numbers, statistics
 from sources.source import HELD_OUT
 
 NORM_CUT = 4.0                                       # in median norms
@@ -449,7 +449,7 @@ def open_cache(args, device):
               f"(norm above {manifest['norm_cut']:.0f})", flush=True)
     shards = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir")
     size, n_train = chunk_size(shards.n), manifest["n_train_rows"]
-    train, held = np.arange(n_train // size), np.arange(-(-n_train // size), shards.n // size)
+    train, held = numbers(0, n_train // size), numbers(-(-n_train // size), shards.n // size)
     meta = {k: manifest[k] for k in ("model_name", "model_hash", "hook_name", "dataset_path",
                                      "text_hash", "context_size", "prepend_bos", "dtype",
                                      "norm_cut", "dropped", "n_train_rows")}

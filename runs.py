@@ -153,13 +153,19 @@ def setup(args):
                                 timeout=timedelta(days=1))          # a harvest may take long
     if device.type == "cpu":
         keep_freed_memory()
-    # On CPUs 'medium' is oneDNN's float32, faster than the default's on AMD (benchmarks/speed.py,
-    # fp32 and fp32-onednn); on CPUs with AMX it would mean bf16.
-    onednn = device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
-    torch.set_float32_matmul_precision("medium" if onednn else "high")
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = float32_matmul(cpuinfo, torch.cpu._is_amx_tile_supported())
+    torch.set_float32_matmul_precision(cpu if device.type == "cpu" else "high")
     if args.bf16 is None:                       # with --dense sums, too, would be in bf16
         args.bf16 = has_fast_bf16(device) and not args.dense
     return device
+
+def float32_matmul(cpuinfo, amx):
+    """On CPUs: 'medium' is oneDNN's float32, 'high' torch's default, MKL's. oneDNN's is faster on
+    AMD (benchmarks/speed.py, fp32-onednn), MKL's on Intel without bf16; with AMX 'medium' would
+    mean bf16. By vendor, not by timing: a run and its resume must take the same."""
+    old_intel = "GenuineIntel" in cpuinfo and "avx512_bf16" not in cpuinfo
+    return "high" if amx or old_intel else "medium"
 
 def keep_freed_memory():
     """Make glibc reuse freed buffers. By default it hands large ones back to the kernel, and every
@@ -389,6 +395,7 @@ class Run:
                    dtype="float32", device="cpu", apply_b_dec_to_input=True,
                    normalize_activations="none", reshape_activations="none",
                    metadata=dict(meta, **source.meta, training_architecture=args.variant,
+                                 float32_matmul=torch.get_float32_matmul_precision(),
                                  scale=source.scale, flags=flags(args), results={
                                      k: None if v != v else v for k, v in metrics.items()}))
         with replacing(args.out / "sae_weights.safetensors", "--out") as tmp:

@@ -97,6 +97,7 @@ def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
     assert shapes == dict({b: (32,) for b in biases}, W_enc=(16, 32), W_dec=(32, 16), b_dec=(16,))
     cfg = json.loads((tmp_path / "run/cfg.json").read_text())
     assert cfg["architecture"] == architecture and cfg["d_in"] == 16
+    assert cfg["metadata"]["float32_matmul"] == torch.get_float32_matmul_precision()
     l0 = cfg["metadata"]["results"]["l0"]
     assert abs(l0 - 3) < 0.06 if variant in TOPK else l0 > 0
 
@@ -327,6 +328,17 @@ def test_a_batch_without_power_has_no_fvu(tmp_path, monkeypatch):
     monkeypatch.setattr(toys.ToySource, "batch", lambda self, step: torch.zeros(64, 16))
     toy_run("topk", tmp_path / "run")
     assert '"fvu": null' in (tmp_path / "run/metrics.jsonl").read_text()
+
+def test_float32_of_a_cpu():
+    """oneDNN's, but torch's own on Intel without bf16, and wherever AMX would make bf16 of it."""
+    cpu = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: {}\nflags\t\t: fpu avx2 avx512f{}\n".format
+    intel = cpu("GenuineIntel", "Intel(R) Xeon(R) Platinum 8259CL CPU @ 2.50GHz", "")
+    cooper_lake = cpu("GenuineIntel", "Intel(R) Xeon(R) Gold 6348H", " avx512_bf16")
+    amd = cpu("AuthenticAMD", "AMD EPYC 7763", "")
+    arm = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU implementer\t: 0x41\n"
+    assert [runs.float32_matmul(text, False) for text in (intel, cooper_lake, amd, arm, "")] == [
+        "high", "medium", "medium", "medium", "medium"]
+    assert runs.float32_matmul(cooper_lake + "amx_tile", True) == runs.float32_matmul("", True) == "high"
 
 @each_variant
 def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monkeypatch, one_line):

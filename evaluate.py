@@ -178,9 +178,5 @@ def main(argv=None):
     raise SystemExit(2 if FAILED else 0)
 
 if __name__ == "__main__":
-    try:
-        with runs.one_line_errors():
-            main()
-    except KeyboardInterrupt:
-        print("stopped; what the tables show is written, the rest is not", file=sys.stderr)
-        raise SystemExit(130)
+    with runs.one_line_errors("stopped; what the tables show is written, the rest is not"):
+        main()

@@ -6,7 +6,7 @@ log, to which lines are added, is written under a temporary name and then rename
 before a failure is still there after it.
 This file imports nothing of ours.
 """
-import argparse, contextlib, ctypes, json, os, re, shutil, signal, sys, threading, time
+import argparse, contextlib, ctypes, json, math, os, re, shutil, signal, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,17 +29,22 @@ def fail(message, about=""):
     raise BadInput(about + message)
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Around a whole command: a BadInput becomes one line on stderr and the exit code 2."""
+def one_line_errors(stopped="stopped; what was saved before is intact"):
+    """Around a whole command: a BadInput becomes one line on stderr and the exit code 2, Ctrl-C
+    the line `stopped` and the exit code 130."""
     try:
         yield
     except BadInput as err:
         print_error(err)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(stopped, file=sys.stderr)
+        raise SystemExit(130) from None
 
 def print_error(err):
-    if rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {err}", file=sys.stderr)
+    who = f", rank {rank()}" if world_size() > 1 else ""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}{who}: error: {err}\n")     # whole: ranks share it
 
 def first_line(err): return (str(err).strip() or type(err).__name__).splitlines()[0][:160]
 
@@ -56,6 +61,23 @@ def replacing(path, flag):
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
+
+def lock(path, flag, wait=True):
+    """An open file that holds the lock `path` until it is closed or the process ends. While another
+    process holds it this waits, or returns None."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as err:
+        fail(f"{flag} {path.parent}: {first_line(err)}; choose another")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return None
+    except (ImportError, OSError):
+        pass                                # Windows, or a file system that has no locks: no lock
+    return file
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -131,13 +153,19 @@ def setup(args):
                                 timeout=timedelta(days=1))          # a harvest may take long
     if device.type == "cpu":
         keep_freed_memory()
-    # On CPUs 'medium' is oneDNN's float32, faster than the default's on AMD (benchmarks/speed.py,
-    # fp32 and fp32-onednn); on CPUs with AMX it would mean bf16.
-    onednn = device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
-    torch.set_float32_matmul_precision("medium" if onednn else "high")
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = float32_matmul(cpuinfo, torch.cpu._is_amx_tile_supported())
+    torch.set_float32_matmul_precision(cpu if device.type == "cpu" else "high")
     if args.bf16 is None:                       # with --dense sums, too, would be in bf16
         args.bf16 = has_fast_bf16(device) and not args.dense
     return device
+
+def float32_matmul(cpuinfo, amx):
+    """On CPUs: 'medium' is oneDNN's float32, 'high' torch's default, MKL's. oneDNN's is faster on
+    AMD (benchmarks/speed.py, fp32-onednn), MKL's on Intel without bf16; with AMX 'medium' would
+    mean bf16. By vendor, not by timing: a run and its resume must take the same."""
+    old_intel = "GenuineIntel" in cpuinfo and "avx512_bf16" not in cpuinfo
+    return "high" if amx or old_intel else "medium"
 
 def keep_freed_memory():
     """Make glibc reuse freed buffers. By default it hands large ones back to the kernel, and every
@@ -193,30 +221,41 @@ def adam(sae, lr, betas):
 
 # --- a run while it trains ------------------------------------------------------------------------
 
+LOCK = ".lock"                # in a run directory: held while a process is at work on it
+
 def flags(args):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 def run_dir(args, variant):
-    """Make the run directory args.out; without --out the first free runs/VARIANT-MODEL-LAYER."""
-    args.variant = variant                                      # from here on one of the flags
-    if args.out is None:
-        name = (args.activations.stem if args.activations else f"toy-{args.toy.replace(':', '-')}"
-                if args.model == "toy" else f"{Path(args.model).name}-L{args.layer}")
-        n, path = 1, lambda n: Path("runs", f"{variant}-{name}" + (f"-{n}" if n > 1 else ""))
-        while path(n).exists():
-            n += 1
-        args.out = path(n - 1 if args.resume and n > 1 else n)
-    if args.resume and not (args.out / "state.pt").is_file():
-        fail(f"--resume: {args.out} holds no state.pt to go on from; start anew with another --out")
-    if rank() == 0 and not args.resume:
-        check_free(args.out)
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            fail(f"--out {args.out}: {err.strerror}; choose another")
+    """Make the run directory args.out, or find it for --resume; without --out it is the first free
+    runs/VARIANT-MODEL-LAYER, or the last. Rank 0 gets the file that locks it, for this process."""
+    args.variant, named, held = variant, args.out, None         # from here on one of the flags
+    if rank() == 0:
+        while not held:
+            args.out = named or default_dir(args)
+            if args.resume and not (args.out / "state.pt").is_file():
+                fail(f"--resume: {args.out} holds no state.pt to go on from; choose another --out")
+            held = lock(args.out / LOCK, "--out", wait=False)
+            if not held and (named or args.resume):             # else: the next free name
+                fail(f"--out {args.out}: another process is at work there; choose another")
+        if not args.resume:
+            check_free(args.out)
+    if world_size() > 1:
+        dist.broadcast_object_list(out := [args.out])
+        args.out = out[0]
+    return held
+
+def default_dir(args):
+    name = (args.activations.stem if args.activations else f"toy-{args.toy.replace(':', '-')}"
+            if args.model == "toy" else f"{Path(args.model).name}-L{args.layer}")
+    n, path = 1, lambda n: Path("runs", f"{args.variant}-{name}" + (f"-{n}" if n > 1 else ""))
+    while path(n).exists():
+        n += 1
+    return path(n - 1 if args.resume and n > 1 else n)
 
 def check_free(out):
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and rank() == 0:
+    there = {p.name for p in out.iterdir()} - {LOCK} if out.is_dir() else out.exists()
+    if there and rank() == 0:
         fail(f"--out {out}: exists and is not empty; choose another, or --resume if it is a run")
 
 FREE_TO_CHANGE = {"out", "resume", "save_every", "log_every", "device", "cache_dir", "compile"}
@@ -265,7 +304,8 @@ class Run:
     code 130. A loss or gradient that is not finite, where opt.bad is 2, ends it with BadInput; such
     steps were left out, as fused Adam leaves a step out where opt.found_inf is 1."""
     def __init__(self, args, variant, source, sae, opt, state):
-        run_dir(args, variant)
+        Run.lock = None                                   # of this process's run before, if any
+        Run.lock = run_dir(args, variant)
         self.args, self.path = args, args.out / "metrics.jsonl"
         self.saved = source, sae, opt, state
         first = load_state(args, source, sae, opt, state) if args.resume else 0
@@ -312,7 +352,8 @@ class Run:
         values = values.split([term.numel() for term in terms.values()])
         (before, then), self.mark = self.mark, (step, time.perf_counter())
         terms = {n: v.view_as(term).tolist() for (n, term), v in zip(terms.items(), values)}
-        l0, fvu, batch = terms.pop("l0"), terms["mse"] / terms.pop("power"), self.args.batch_size
+        l0, batch = terms.pop("l0"), self.args.batch_size
+        fvu = terms["mse"] / (terms.pop("power") or math.nan)
         record = dict(step=step, tokens=step * batch, fvu=fvu, l0=l0, dead=dead,
                       tok_s=(step - before) * batch / (self.mark[1] - then), **terms, lr=lr)
         if rank() > 0:
@@ -354,7 +395,9 @@ class Run:
                    dtype="float32", device="cpu", apply_b_dec_to_input=True,
                    normalize_activations="none", reshape_activations="none",
                    metadata=dict(meta, **source.meta, training_architecture=args.variant,
-                                 scale=source.scale, flags=flags(args), results=metrics))
+                                 float32_matmul=torch.get_float32_matmul_precision(),
+                                 scale=source.scale, flags=flags(args), results={
+                                     k: None if v != v else v for k, v in metrics.items()}))
         with replacing(args.out / "sae_weights.safetensors", "--out") as tmp:
             tmp.write_bytes(save({n: t.contiguous().cpu() for n, t in tensors.items()}))
         with replacing(args.out / "cfg.json", "--out") as tmp:
@@ -377,8 +420,8 @@ def fold(tensors, source):
 @torch.no_grad()
 def heldout_metrics(sae, x, count=None):
     """l0, fvu = sum |x - x_hat|^2 / sum |x - mean(x)|^2, and dead: the share of latents that never
-    fire, on held-out x [M, D]. Sums first, one division (SAELens issues 443 and 665). To count [F],
-    if there is one, it adds how often each latent fired."""
+    fire, on held-out x [M, D]. Sums first, one division (SAELens issues 443 and 665); fvu is NaN if
+    all rows are equal. To count [F], if there is one, it adds how often each latent fired."""
     error, total, l0, fired, mean = 0.0, 0.0, 0.0, 0.0, x.mean(0)
     for part in x.split(2048):
         z = sae.encode(part)
@@ -388,8 +431,9 @@ def heldout_metrics(sae, x, count=None):
         fired += (z > 0).sum(0)
     if count is not None:
         count += fired
-    return dict(l0=l0.item() / len(x), fvu=error / total, heldout_tokens=len(x),
-                dead=(fired == 0).float().mean().item())
+    differ = bool((x.amax(0) > x.amin(0)).any())             # if not, total is 0 or rounding
+    return dict(l0=l0.item() / len(x), fvu=error / total if differ else math.nan,
+                heldout_tokens=len(x), dead=(fired == 0).float().mean().item())
 
 def load_sae(path):
     """(cfg, tensors) of a run directory. Fails if it is none, or damaged."""

@@ -19,7 +19,7 @@ wall time). They take turns, so that a change in the machine's speed meets all o
 is the median over all turns. Precision settings, the same for all:
 
     fp32           torch's default float32 matmul
-    fp32-onednn    set_float32_matmul_precision("medium"): oneDNN's float32 on CPUs, our default
+    fp32-onednn    set_float32_matmul_precision("medium"): oneDNN's float32 on CPUs, mostly our default
     bf16           autocast: that of ours, sae-lens and overcomplete; one put around
                    dictionary-learning's update; sparsify always runs so
 

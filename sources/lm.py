@@ -19,7 +19,7 @@ Othello   --model othello is the small GPT of othello/, on games of random legal
           (othello/game.py). Needs no download, nor transformers. othello-untrained is the same GPT
           at its random start, for comparison; --model DIR what othello/train.py wrote to DIR.
 """
-import contextlib, hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, time, zipfile
+import hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, time, zipfile
 from array import array
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 from othello import game, model as gpt
-from runs import fail, first_line, has_fast_bf16, rank, replacing, world_size
-from sources.arrays import PIECE, ArraySource, Shards, chunk_size, statistics
+from runs import fail, first_line, has_fast_bf16, lock, rank, replacing, world_size
+from sources.arrays import PIECE, ArraySource, Shards, chunk_size, numbers, statistics
 from sources.source import HELD_OUT
 
 NORM_CUT = 4.0                                       # in median norms
@@ -296,7 +296,7 @@ def spliced(model, block, ids, cut, replace):
 
 def cached(args, device):
     """Folder and manifest of the activations that the flags ask for; harvests them if need be."""
-    with locked(args.cache_dir / "model.lock"):
+    with lock(args.cache_dir / "model.lock", "--cache-dir"):
         path = model_dir(args.model, args.cache_dir)
     key = dict(model_hash=model_hash(path, args.model), layer=args.layer,
                text_hash=text_hash(args.text, args.model), context_size=args.context,
@@ -305,7 +305,7 @@ def cached(args, device):
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     out = args.cache_dir / f"{Path(args.model).name}-L{args.layer}-{digest}"
     if not out.exists():
-        with locked(args.cache_dir / f"{out.name}.lock"):
+        with lock(args.cache_dir / f"{out.name}.lock", "--cache-dir"):
             if not out.exists():
                 harvest(args, device, path, key, out)
     try:
@@ -316,20 +316,6 @@ def cached(args, device):
         fail(f"--cache-dir: {out} does not match its manifest; delete it and run again")
     check_length(args, manifest["text_tokens"])
     return out, manifest
-
-@contextlib.contextmanager
-def locked(path):
-    """One process at a time inside; the others wait."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        f = open(path, "w")
-    except OSError as err:
-        fail(f"--cache-dir {path.parent}: {first_line(err)}; choose another")
-    with f:
-        with contextlib.suppress(ImportError):                   # Windows has no fcntl: no lock
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 def save_array(path, array):
     with replacing(path, "--cache-dir") as tmp, open(tmp, "wb") as f:
@@ -449,7 +435,7 @@ def open_cache(args, device):
               f"(norm above {manifest['norm_cut']:.0f})", flush=True)
     shards = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir")
     size, n_train = chunk_size(shards.n), manifest["n_train_rows"]
-    train, held = np.arange(n_train // size), np.arange(-(-n_train // size), shards.n // size)
+    train, held = numbers(0, n_train // size), numbers(-(-n_train // size), shards.n // size)
     meta = {k: manifest[k] for k in ("model_name", "model_hash", "hook_name", "dataset_path",
                                      "text_hash", "context_size", "prepend_bos", "dtype",
                                      "norm_cut", "dropped", "n_train_rows")}

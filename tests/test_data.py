@@ -5,16 +5,18 @@ import resource
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 
 import data
 import runs
-from sources import lm
+from sources import arrays, lm
 from sources import toy as toys
 from conftest import ROOT, run_script
 from topk_sae import parse_args, train
@@ -71,11 +73,95 @@ def test_shards_equal_one_array_and_scaling_is_of_the_training_part(tmp_path):
     scaled = (x[rows] - x[rows].mean(0)) * one.scale
     assert np.isclose(np.linalg.norm(scaled, axis=1).mean(), 5 ** 0.5, rtol=1e-5)
 
+class Stub:
+    """Shards of n rows of d numbers without a disk: their rows hold their own numbers."""
+    dtype = np.float16
+    def __init__(self, n, d):
+        self.n, self.d = n, d
+    def read(self, rows):
+        return rows
+
+CONTEXT = 127                     # rows of a context, neighbours in the array
+SHAPES = [(940_000, 576, 2048), (475_000_000, 2304, 2048), (475_000_000, 4096, 16384)]     # n, D, B
+
+def stub_source(n, d, batch, size=None):
+    size = size or arrays.chunk_size(n)
+    return arrays.ArraySource(Namespace(seed=0, batch_size=batch), CPU, Stub(n, d), size,
+                              arrays.numbers(0, n // size), arrays.numbers(0, 0), np.zeros(d), 1.0, {})
+
+def same_context(batch):
+    """The most rows of a batch that one context has, and how many others of its own a row meets on average."""
+    count = np.unique(batch // CONTEXT, return_counts=True)[1]
+    return count.max(), (count * (count - 1)).sum() / len(batch)
+
+def mixing(source, batches):
+    found = [same_context(source._load(step).numpy()) for step in batches]
+    return max(most for most, _ in found), np.mean([others for _, others in found])
+
+@pytest.mark.parametrize("n, d, batch", SHAPES, ids=str)
+def test_batches_are_mixed(n, d, batch, monkeypatch):
+    """A buffer of R rows has runs of 16 from at least C = min(R / 16, n / 127) contexts. (a) Were each row of a
+    batch of any of them with probability 1 / C, one in 10,000 batches would have more than `most` rows of one
+    context: no batch of 16 does. (b) A row meets 15 B / R rows of its run and less than 127 B / n others of its
+    context, here below .5 in all. Control: the buffer of 2^26 numbers and runs of n >> 20 or 64 rows fail
+    both. (c) No row comes twice."""
+    source = stub_source(n, d, batch)
+    rows = batch * source.per_epoch // source.buffers
+    assert 2 ** 18 <= 1.5 * rows and rows * d * 2 <= 4 * 2 ** 30
+    contexts = min(rows // source.size, n // CONTEXT)
+    most = next(c for c in range(99) if contexts * binom.sf(c, batch, 1 / contexts) < 1e-4)
+    limit = (source.size - 1) * batch / rows + CONTEXT * batch / n
+    largest, others = mixing(source, range(16))
+    print(f"buffer {rows:,} rows, share at most {most} / {batch}: {largest}; others {limit:.3f}: {others:.3f}")
+    assert largest <= most and others < limit < 0.5 and source.size <= 16
+    last = -(-source.per_epoch // source.buffers)                        # the first buffer's, and one more
+    served = torch.cat([source._load(step) for step in range(last - 8, last + 8)])
+    assert len(served.unique()) == len(served)
+    monkeypatch.setattr(arrays, "ROWS", 1)
+    monkeypatch.setattr(arrays, "MEMORY", 2 ** 27)
+    monkeypatch.setattr(arrays, "BATCHES", 10 ** 6)
+    largest, others = mixing(stub_source(n, d, batch, max(64, n >> 20)), range(16))
+    print(f"control: {largest}, {others:.3f}")
+    assert largest > most and others > 2 * limit
+
+def test_an_epoch_of_several_buffers_holds_each_row_once():
+    source = stub_source(*SHAPES[0])
+    epoch = torch.cat([source._load(step) for step in range(source.per_epoch)])
+    assert source.buffers == 4 and len(epoch.unique()) == len(epoch) == 2048 * source.per_epoch
+    sizes = np.bincount([i * source.buffers // source.per_epoch for i in range(source.per_epoch)])
+    assert sizes.max() - sizes.min() <= 1                                # no buffer is a small rest
+
+def test_slices_of_processes_are_the_global_batch(monkeypatch):
+    whole, parts = stub_source(*SHAPES[0]), []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for r in range(4):
+        monkeypatch.setenv("RANK", str(r))
+        parts.append(stub_source(*SHAPES[0]))
+    for step in (7, whole.per_epoch + 200):
+        assert torch.equal(torch.cat([part._load(step) for part in parts]), whole._load(step))
+    assert all(len(part.buffer) * 4 == len(whole.buffer) for part in parts)
+
+def test_shards_read_what_numpy_reads(tmp_path):
+    """Single rows, runs, runs across shards; by rows, by columns, of every dtype; and a file cut off later."""
+    x = np.random.default_rng(0).normal(size=(30_000, 3))
+    kinds = [x[:9000].astype(np.float16), np.asfortranarray(x[9000:9500], np.float32), x[9500:9501], x[9501:]]
+    for i, part in enumerate(kinds):
+        np.save(tmp_path / f"{i}.npy", part)
+    shards = arrays.Shards(sorted(tmp_path.glob("*.npy")), "--activations")
+    want = np.concatenate([part.astype(np.float32) for part in kinds])
+    some = np.flatnonzero(np.random.default_rng(1).random(30_000) < 0.5)
+    for rows in (np.arange(30_000), some, np.array([0]), np.array([8999, 9000, 9500, 29_999])):
+        assert np.array_equal(shards.read(rows), want[rows])
+    assert shards.read(np.arange(0)).shape == (0, 3)
+    os.truncate(tmp_path / "3.npy", 1000)
+    with pytest.raises(runs.BadInput, match="3.npy: has become shorter"):
+        shards.read(np.arange(30_000))
+
 @pytest.mark.claims
 def test_memory_is_bounded_by_the_buffer_not_the_array(tmp_path):
     """Reading an array three times as large, 0.9 GB, takes at most 100 MB more memory."""
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, runs, topk_sae\n"
-              "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '65536'])\n"
+              "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '8192'])\n"
               "source = data.open_source(args, runs.setup(args))\n"
               "for step in range(source.per_epoch): source.batch(step)\n"
               "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))")
@@ -385,6 +471,8 @@ def test_refuses_bad_arrays(tmp_path, one_line):
     no(saved("hollow.npy", x[:, :0]), "(500, 0)")
     no(saved("few.npy", x[:10]), "10 rows", more=["--batch-size", 4])
     no(saved("huge.npy", x.astype(np.float64) * 1e300), "500 of 500 rows")
+    no(saved("large.npy", x * np.float32(1e19)), "large.npy", "float32", "1e15")
+    no(saved("small.npy", x * np.float32(1e-25)), "small.npy", "float32", "1e-15")
     refuses(one_line, tmp_path, ["--model", "toy", "--toy", "nonsense"], "--toy nonsense", "flat")
 
 def test_refuses_to_touch_another_run(array, tmp_path, one_line):
@@ -414,7 +502,7 @@ def test_default_run_directories_are_numbered(array, tmp_path, monkeypatch):
     for _ in range(3):
         train(parse_args(argv))
     assert sorted(p.name for p in Path("runs").iterdir()) == ["topk-X", "topk-X-2", "topk-X-3"]
-    args = parse_args([*argv, "--resume"])
+    args, runs.Run.lock = parse_args([*argv, "--resume"]), None               # as in a new process
     runs.run_dir(args, "topk")
     assert args.out == Path("runs/topk-X-3")
 

@@ -64,7 +64,7 @@ def toy_run(variant, out, *argv):
     is a penalty or a ceiling, codes are dense at first and sparse at the end. Scaling and results are of
     4,096 samples, for time."""
     with mock.patch.object(toys, "ROWS", 4096):
-        return run(variant, *toy_flags(variant), "--out", out, *argv)
+        return run(variant, *toy_flags(variant), *(["--out", out] if out else []), *argv)
 
 def equal(a, b):
     return [n for n, p in a.named_parameters() if not torch.equal(p, b.get_parameter(n))] == []
@@ -99,6 +99,7 @@ def test_saved_sae_takes_raw_activations(variant, array, tmp_path):
     assert shapes == dict({b: (32,) for b in biases}, W_enc=(16, 32), W_dec=(32, 16), b_dec=(16,))
     cfg = json.loads((tmp_path / "run/cfg.json").read_text())
     assert cfg["architecture"] == architecture and cfg["d_in"] == 16
+    assert cfg["metadata"]["float32_matmul"] == torch.get_float32_matmul_precision()
     l0 = cfg["metadata"]["results"]["l0"]
     assert abs(l0 - 3) < 0.06 if variant in TOPK else l0 > 0
 
@@ -220,6 +221,76 @@ def torchrun(*argv):
                            *map(str, argv)], cwd=ROOT, text=True, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
+def hooked(tmp_path, line):
+    """A file that runs topk_sae.py as a user does, after this line of Python."""
+    path = tmp_path / "hooked.py"
+    path.write_text(f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport data\n{line}\n"
+                    f"runpy.run_path({str(ROOT / 'topk_sae.py')!r}, run_name='__main__')\n")
+    return path
+
+def test_ctrl_c_before_the_loop(tmp_path):
+    """While data are made ready: one line, exit code 130, no run directory."""
+    path = hooked(tmp_path, "data.open_source = lambda *args: os.kill(os.getpid(), signal.SIGINT)")
+    job = subprocess.run([sys.executable, path, "--model", "toy", "--out", tmp_path / "run"], text=True,
+                         capture_output=True)
+    assert job.returncode == 130 and job.stderr == "stopped; what was saved before is intact\n", job.stderr
+    assert not (tmp_path / "run").exists()
+
+# --- one process at a time in a run directory -----------------------------------------------------
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the lock of tmp_path / 'run', until it is killed."""
+    (tmp_path / "run").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run" / runs.LOCK],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+def test_a_second_start_is_refused(other, tmp_path, one_line, monkeypatch):
+    """Also a second --resume; a start without --out goes elsewhere. Killed, a process is in nobody's way."""
+    out = tmp_path / "run"
+    one_line(lambda: toy_run("topk", out), f"--out {out}", "another process", "choose another")
+    names = iter([out, tmp_path / "next"])                  # as if both had found the first one free
+    with monkeypatch.context() as m:
+        m.setattr(runs, "default_dir", lambda args: next(names))
+        toy_run("topk", None)
+    assert (tmp_path / "next/cfg.json").exists() and [p.name for p in out.iterdir()] == [runs.LOCK]
+    shutil.copy(tmp_path / "next/state.pt", out)
+    one_line(lambda: toy_run("topk", out, "--resume"), f"--out {out}", "another process")
+    (out / "state.pt").unlink()
+    other.kill()
+    other.wait()
+    toy_run("topk", out)
+    toy_run("topk", out, "--resume")                        # its lock is this process's own
+    one_line(lambda: toy_run("topk", out), "not empty")
+
+@pytest.mark.claims
+@pytest.mark.parametrize("out", [["--out", "run"], []], ids=["same", "default"])
+def test_two_starts_at_once(out, tmp_path):
+    """Of two processes with the same new --out one is refused; without --out they take two directories."""
+    argv = [sys.executable, ROOT / "topk_sae.py", "--model", "toy", "--tokens", str(2048 * 300), *out]
+    jobs = [subprocess.Popen(argv, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(2)]
+    errors = [job.communicate(timeout=300)[1] for job in jobs]
+    assert sorted(job.returncode for job in jobs) == ([0, 2] if out else [0, 0]), errors
+    assert len(list(tmp_path.rglob("cfg.json"))) == (1 if out else 2)
+    assert not out or len(max(errors).splitlines()) == 1 and "--out run" in max(errors), errors
+
+def test_every_rank_says_what_failed(tmp_path):
+    """Where rank 1 alone fails, its error is printed, once, with its rank."""
+    path = hooked(tmp_path, "sys.argv += ['--toy', 'nonsense'] if os.environ['RANK'] == '1' else []")
+    job = torchrun(path, "--model", "toy", "--device", "cpu", "--tokens", "1e9", "--out", tmp_path / "run")
+    said = [line for line in job.stderr.splitlines() if ": error: " in line]
+    assert job.returncode and len(said) == 1 and ", rank 1: error: --toy nonsense" in said[0], job.stderr
+
+def test_one_process_names_no_rank(capsys):
+    runs.print_error("no")
+    assert capsys.readouterr().err.endswith(": error: no\n") and runs.world_size() == 1
+
 @quick_for("topk", "gated")
 def test_two_processes_equal_one(variant, tmp_path):
     """torchrun with two processes gives the weights of one process at the same global batch, and the very
@@ -289,6 +360,37 @@ def test_a_step_that_is_left_out_changes_nothing(variant, fault, tmp_path, monke
     monkeypatch.setattr(script(variant), "train_step", step)
     with pytest.raises(Seen):
         toy_run(variant, tmp_path / "run")
+
+@each_variant
+def test_equal_rows_do_not_cost_the_weights(variant, array, tmp_path):
+    """Held-out rows that are all equal have no variance to explain: FVU is null, and the SAE is saved."""
+    x = np.load(array[0])[:2000]
+    np.save(tmp_path / "X.npy", x)
+    argv = ["--activations", tmp_path / "X.npy", "--d-sae", 32, "--batch-size", 64, "--tokens", 64 * 10,
+            *FLAGS.get(variant, [])]
+    source = data.open_source(script(variant).parse_args([str(a) for a in argv]), torch.device("cpu"))
+    x[source.heldout_rows()] = np.float32(0.1)                          # whose mean is rounded
+    np.save(tmp_path / "X.npy", x)
+    run(variant, *argv, "--out", tmp_path / "run")
+    cfg, tensors = runs.load_sae(tmp_path / "run")
+    assert cfg["metadata"]["results"]["fvu"] is None and len(tensors) >= 3
+    assert np.isfinite(cfg["metadata"]["results"]["l0"])
+
+def test_a_batch_without_power_has_no_fvu(tmp_path, monkeypatch):
+    monkeypatch.setattr(toys.ToySource, "batch", lambda self, step: torch.zeros(64, 16))
+    toy_run("topk", tmp_path / "run")
+    assert '"fvu": null' in (tmp_path / "run/metrics.jsonl").read_text()
+
+def test_float32_of_a_cpu():
+    """oneDNN's, but torch's own on Intel without bf16, and wherever AMX would make bf16 of it."""
+    cpu = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: {}\nflags\t\t: fpu avx2 avx512f{}\n".format
+    intel = cpu("GenuineIntel", "Intel(R) Xeon(R) Platinum 8259CL CPU @ 2.50GHz", "")
+    cooper_lake = cpu("GenuineIntel", "Intel(R) Xeon(R) Gold 6348H", " avx512_bf16")
+    amd = cpu("AuthenticAMD", "AMD EPYC 7763", "")
+    arm = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU implementer\t: 0x41\n"
+    assert [runs.float32_matmul(text, False) for text in (intel, cooper_lake, amd, arm, "")] == [
+        "high", "medium", "medium", "medium", "medium"]
+    assert runs.float32_matmul(cooper_lake + "amx_tile", True) == runs.float32_matmul("", True) == "high"
 
 @each_variant
 def test_non_finite_loss_stops_with_the_last_good_state(variant, tmp_path, monkeypatch, one_line):

@@ -14,7 +14,7 @@ A command that fails, or leaves a file unwritten, does not stop the others; it i
 The figures in the texts of docs/ are then written by hand from these tables; `python tests/claims.py` reads
 them into docs/CLAIMS.md once more.
 """
-import argparse, json, os, shutil, subprocess, sys, time
+import argparse, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ def start(entry, python, logs, one_thread):
     threads = {"OMP_NUM_THREADS": "1"} if one_thread and not entry.alone else {}
     with open(logs / f"{entry.name}.log", "a") as log:
         return subprocess.Popen(["bash", "-c", " && ".join(entry.commands)], cwd=ROOT, stdout=log, stderr=log,
-                                env={**os.environ, **threads, "PATH": path})
+                                env={**os.environ, **threads, "PATH": path}, start_new_session=True)
 
 def finish(entry, code, began):
     """Record it; what is wrong with it, or ''."""
@@ -143,18 +143,23 @@ def fits(entry, going, jobs):
 def run(entries, jobs, pythons, logs):
     """All entries, in this order; {name: what is wrong} of those that failed."""
     waiting, going, failed = list(entries), [], {}
-    while waiting or going:
-        while waiting and fits(waiting[0], [entry for entry, *_ in going], jobs):
-            entry = waiting.pop(0)
-            began = time.time()
-            going.append((entry, began, start(entry, pythons[entry.peers], logs, jobs > 1)))
-        time.sleep(0.2)
-        for item in [item for item in going if item[2].poll() is not None]:
-            going.remove(item)
-            entry, began, process = item
-            if wrong := finish(entry, process.returncode, began):
-                failed[entry.name] = wrong
-            print(f"{entry.name}: {wrong or 'finished'}, {(time.time() - began) / 60:.0f} minutes", flush=True)
+    try:
+        while waiting or going:
+            while waiting and fits(waiting[0], [entry for entry, *_ in going], jobs):
+                entry = waiting.pop(0)
+                began = time.time()
+                going.append((entry, began, start(entry, pythons[entry.peers], logs, jobs > 1)))
+            time.sleep(0.2)
+            for item in [item for item in going if item[2].poll() is not None]:
+                going.remove(item)
+                entry, began, process = item
+                if wrong := finish(entry, process.returncode, began):
+                    failed[entry.name] = wrong
+                print(f"{entry.name}: {wrong or 'finished'}, {(time.time() - began) / 60:.0f} minutes", flush=True)
+    finally:
+        for *_, process in going:                # interrupted: the scripts save their runs and stop
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
     return failed
 
 def main(argv=None):
@@ -183,7 +188,13 @@ def main(argv=None):
             runs.fail(f"--peers {args.peers}: has no sae-lens; name the Python of the environment of "
                       "benchmarks/requirements.txt, or choose tables that need none of it with --only")
     args.logs.mkdir(parents=True, exist_ok=True)
-    if failed := run(entries, args.jobs, (sys.executable, args.peers), args.logs):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = run(entries, args.jobs, (sys.executable, args.peers), args.logs)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    if failed:
         raise SystemExit("\n".join(f"failed: {name}, {why}; see {args.logs / name}.log" for name, why in failed.items()))
 
 if __name__ == "__main__":

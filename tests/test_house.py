@@ -256,6 +256,7 @@ def test_all_tables_are_made_once(tmp_path, monkeypatch, capsys):
     for name, value in dict(ROOT=tmp_path, RUNS=tmp_path / "runs", RECORD=tmp_path / "results/all.jsonl", ENTRIES=entries,
                             NAMES=list("abcd")).items():
         monkeypatch.setattr(tables, name, value)
+    monkeypatch.setattr(tables.signal, "signal", lambda *args: None)
     argv = ["--jobs", "2", "--logs", str(tmp_path / "runs/logs")]
     written = lambda: {p.stem: p.read_text() for p in (tmp_path / "results").glob("*.md")}
     with pytest.raises(SystemExit) as stop:
@@ -273,9 +274,25 @@ def test_all_tables_are_made_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(", commit ") == 3
 
 def test_tables_that_time_something_run_alone():
-    one, two, alone = (tables.Entry(name, [], [], 1, cores=n, alone=n == 3) for name, n in zip("abc", (1, 2, 3)))
+    one, two, alone = (tables.Entry(name, [], [], 1, cores=n, alone=name == "c") for name, n in zip("abc", (1, 2, 1)))
     assert tables.fits(one, [one], 2) and tables.fits(alone, [], 2) and tables.fits(two, [], 1)
     assert not any(tables.fits(*pair, 2) for pair in ((one, [one, one]), (two, [one]), (one, [alone]), (alone, [one])))
+
+def test_time_to_a_mark():
+    """benchmarks/time_to_fvu.py: the mark is 1.1 times the best peer's end; a dense start does not reach it."""
+    time_to_fvu = importlib.import_module("benchmarks.time_to_fvu")
+    points = [(10, 1.0, 0.05, 2000), (20, 2.0, 0.4, 64), (30, 4.0, 0.1, 32), (40, 5.0, 0.05, 32)]
+    assert time_to_fvu.reached(points, 0.2, 32) == (30, 4.0)
+    tokens, seconds = time_to_fvu.reached(points, 0.2, 64)
+    assert abs(tokens - 25) < 1e-9 and abs(seconds - 3) < 1e-9          # .2 is half way from .4 to .1
+    assert time_to_fvu.reached(points, 0.2, 31) is None
+    slow = [(tokens, 3 * seconds, fvu, l0) for tokens, seconds, fvu, l0 in points]
+    bad = [(40, 20.0, 0.06, 32)]
+    rows = time_to_fvu.table("vanilla", [{"sae-lens": slow, "dictionary-learning": bad, "ours": points}])
+    assert "an FVU of 0.0550 at an L0 of at most 35.2" in rows[0]
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:4] for row in rows if row.startswith("|")}
+    assert cells["| ours"][0] == "4.9" and cells["| sae-lens"] == ["14.6", "39", "3.00"]
+    assert cells["| dictionary-learning"] == ["not reached", "", "above 4.11"]
 
 # --- docs/CLAIMS.md -------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@
 
 smollm2, layer 6, 2M tokens in batches of 2048, 8 D = 4608 latents. Ours: each script with its
 defaults at an L0 of 16, 32 and 64 (seeds 0, 1, 2 at 32; BatchTopK and p-annealed L1: seed 0 alone, the latter at
-32). Peers (SAELens 6.54.12, dictionary-learning 0.1.0, eai-sparsify 1.3.3), seed 0, at about 32: each library's own
+32), and the settings of OTHER, seed 0. Peers (SAELens 6.54.12, dictionary-learning 0.1.0, eai-sparsify 1.3.3), seed 0, at about 32: each library's own
 training step on the very batches that ours see, already centred and scaled, in bf16. 'tuned': with our learning
 rate (2.3e-3), warm-up (97 steps) and decay (linear, over the last fifth; sparsify's own decays from the start),
 and our rule, dead after 1 % of the tokens, with AuxK where a library has it. 'default', for TopK: each library's
@@ -31,6 +31,7 @@ from evaluation.saved import SAE
 from speed import machine
 
 RESULTS = ROOT / "benchmarks/results/compare"
+BATCH = 2048
 
 STEERED = {16: "--target-l0 16", 32: "--target-l0 32", 64: "--target-l0 64"}
 K = {16: "--k 16", 32: "--k 32", 64: "--k 64"}
@@ -44,6 +45,13 @@ OURS = {f"ours-{name}-{l0}-s{seed}": f"{script}_sae.py --layer 6 {flags[l0]} --s
         for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,)))
         for seed in seeds for name, (script, flags) in METHODS.items()
         if name not in ("batchtopk", "p-annealed") or (seed, l0) == (0, 32) or (name, seed) == ("batchtopk", 0)}
+OTHER = {f"other-{name}": f"{command} --layer 6 --seed 0" for name, command in {    # settings beside those above
+    "tied": "vanilla_sae.py --target-l0 32 --tied", "vanilla-72": "vanilla_sae.py --target-l0 72",
+    "ordered-k-start-32": "ordered_sae.py --k-start 32", "ordered-k-anneal-0.5": "ordered_sae.py --k-anneal 0.5",
+    "gba-default": "gba_sae.py", "gba-one-group": "gba_sae.py --high 0.0135 --groups 1",
+    "gba-relu": "gba_sae.py --relu --high 0.04",
+    "gba-8M": "gba_sae.py --high 0.04 --tokens 8e6", "topk-8M": "topk_sae.py --tokens 8e6"}.items()}
+COMMANDS = OURS | OTHER
 
 K_VARIANTS = "topk", "batchtopk", "matryoshka"
 L1 = {("sae-lens", "vanilla"): 1.0, ("dictionary-learning", "vanilla"): 1.8,
@@ -81,27 +89,36 @@ def tensors_of(library, variant, peer):
         return "jumprelu", t | dict(threshold=ae.threshold.expand(len(t["b_enc"]))), {}
     return "gated" if variant == "gated" else "standard", t, {}
 
-def train_peer(name, out, steps=976):
-    """Train one peer and write its run directory."""
-    library, variant, how = PEERS[name]
-    B, seed = 2048, 0
+def open_layer(steps, seed):
+    """smollm2, layer 6, in the batches that ours see, with our settings of the machine; and its flags."""
     args = data.ArgumentParser(__doc__).parse_args(["--model", "smollm2", "--layer", "6"])
     names = list(vars(args))
-    vars(args).update(batch_size=B, seed=seed, tokens=steps * B)
+    vars(args).update(batch_size=BATCH, seed=seed, tokens=steps * BATCH)
     runs.keep_freed_memory()
     torch.set_float32_matmul_precision("medium")
     source = data.open_source(args, torch.device("cpu"))
-    flags = {name: value for name, value in runs.flags(args).items() if name in names}
-    D, F = source.d_in, 8 * source.d_in
+    return source, {name: value for name, value in runs.flags(args).items() if name in names}
+
+def make_peer(library, variant, how, D, steps, seed):
+    """(peer, its rate, its options), as the docstring says."""
+    F = 8 * D
     options = dict(l1=L1[library, variant]) if variant not in K_VARIANTS else {}
     if how == "tuned":
-        options.update(ours=True, dead_after=steps * B // 100)
+        options.update(ours=True, dead_after=steps * BATCH // 100)
     lr = topk_sae.default_lr(F, steps) if how == "tuned" else None
     if library == "sparsify" and how == "default":
         options["optimizer"] = "signum"
-    peer = peers.make(library, variant, D, F, 32, lr, steps, seed, B, True, **options)
+    peer = peers.make(library, variant, D, F, 32, lr, steps, seed, BATCH, True, **options)
     if library == "dictionary-learning" and variant in ("batchtopk", "matryoshka"):
         peer.trainer.threshold_start_step = steps // 2
+    return peer, lr, options
+
+def train_peer(name, out, steps=976, seed=0):
+    """Train one peer and write its run directory."""
+    library, variant, how = PEERS[name]
+    source, flags = open_layer(steps, seed)
+    D, F, B = source.d_in, 8 * source.d_in, BATCH
+    peer, lr, options = make_peer(library, variant, how, D, steps, seed)
     began = time.perf_counter()
     for step in range(steps):
         peer.step(source.batch(step))
@@ -135,12 +152,13 @@ def train_peer(name, out, steps=976):
     os.replace(tmp, out)
 
 def train(args):
-    for name in [*PEERS, *OURS]:
+    failed = []
+    for name in [*PEERS, *COMMANDS]:
         out = args.runs / name
         if not any(part in name for part in args.only or [""]) or (out / "cfg.json").exists():
             continue
         print(name, flush=True)
-        command = OURS[name].split() + ["--out", str(out), "--log-every", "200"] if name in OURS else \
+        command = COMMANDS[name].split() + ["--out", str(out), "--log-every", "200"] if name in COMMANDS else \
             [__file__, "train", "--runs", str(args.runs), "--one", name]
         shutil.rmtree(out, ignore_errors=True)
         args.runs.mkdir(parents=True, exist_ok=True)
@@ -148,11 +166,14 @@ def train(args):
             code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log,
                                   stderr=subprocess.STDOUT).returncode
         if code:
+            failed.append(name)
             print(f"{name} failed; see {args.runs / name}.log", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 def evaluate(args):
     """evaluate.py on all finished runs, in one go."""
-    names = [n for n in [*OURS, *PEERS] if (args.runs / n / "cfg.json").exists()]
+    names = [n for n in [*COMMANDS, *PEERS] if (args.runs / n / "cfg.json").exists()]
     subprocess.run([sys.executable, ROOT / "evaluate.py", *names, "--consistency"], cwd=args.runs, check=True)
 
 def at_l0(rows, l0, value):
@@ -168,7 +189,7 @@ def method(name):
 
 def report(args):
     """compare.md, compare.png, and the evaluation.json of every run, into RESULTS."""
-    found = {n: args.runs / n / "evaluation.json" for n in [*OURS, *PEERS]}
+    found = {n: args.runs / n / "evaluation.json" for n in [*COMMANDS, *PEERS]}
     rows = {n: json.loads(path.read_text()) | dict(run=n) for n, path in found.items() if path.exists()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name, row in rows.items():
@@ -197,6 +218,12 @@ def report(args):
         lines.append(f"| {method(name)} | {PEERS[name][2]} | {r['l0']:.2f} | {r['dead']:.2%} | {r['fvu']:.4f} | {fvu} | "
                      f"{la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | {tables.number(1 - lost)} | "
                      f"{la['kl']:.4f} | {kl} |")
+    lines += ["", "**Other settings**, ours, seed 0", "", "| script | flags | l0 | fvu | dead |", "|---|---|--:|--:|--:|"]
+    for name, command in OTHER.items():
+        if name in rows:
+            script, flags = command.replace(" --layer 6 --seed 0", "").partition(" ")[::2]
+            lines.append(f"| {script} | {f'`{flags}`' if flags else ''} | {rows[name]['l0']:.2f} | {rows[name]['fvu']:.4f} | "
+                         f"{rows[name]['dead']:.2%} |")
     lines += ["", "**Agreement of three seeds** (L0 32): mean cosine of latents matched one to one, order; of the latents with the "
               "largest activations, how many have one of another seed at a cosine above", "",
               "| | matched | order | share | 0.7 | 0.8 | 0.9 |", "|---|--:|--:|--:|--:|--:|--:|"]
@@ -208,7 +235,7 @@ def report(args):
     if missing := [n for n in found if n not in rows]:
         lines += ["", f"Not run: {', '.join(missing)}."]
     (RESULTS.parent / "compare.md").write_text("\n".join(lines) + "\n")
-    shown = [row | dict(variant=method(name)) for name, row in rows.items() if "default" not in name]
+    shown = [row | dict(variant=method(name)) for name, row in rows.items() if name not in OTHER and "default" not in name]
     tables.plot([dict(data="", rows=shown)], RESULTS.parent / "compare.png")
     print("\n".join(lines))
 

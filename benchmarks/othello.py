@@ -50,6 +50,7 @@ RUNS = dict(
 def train(args):
     args.runs.mkdir(parents=True, exist_ok=True)
     i, n = map(int, args.part.split("/"))
+    failed = []
     for name, argv in list(RUNS.items())[i::n]:
         if not (args.runs / name / "cfg.json").exists():
             shutil.rmtree(args.runs / name, ignore_errors=True)
@@ -57,6 +58,9 @@ def train(args):
                 code = subprocess.run([sys.executable, *argv, "--out", str(args.runs / name), "--log-every", "500"],
                                       cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
             print(f"{name}: {'failed; see its .log' if code else 'done'}", flush=True)
+            failed += [name] if code else []
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 def evaluate(args):
     """evaluate.py on all finished runs; then steer: steer.py on TopK's of every layer."""

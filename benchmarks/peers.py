@@ -6,6 +6,8 @@
         encode(x)       [B, F], as at inference
         reconstruct(x)  [B, D]
         plant(W, bias)  W [F, D] becomes decoder and encoder, bias the encoder's (of the gate)
+        batchwise       if set to True, encode of BatchTopK and Matryoshka takes the k B largest of x,
+                        as in training, and no threshold
 
 lr None means the library's own default. ours=True: our schedule, a warm-up of a tenth of the steps
 and a linear decay over the last fifth (sparsify keeps its own decay). dead_after=n: latents silent
@@ -70,6 +72,8 @@ class Loop:
         self.wait()
 
 class Peer:
+    batchwise = False
+
     @torch.no_grad()
     def plant(self, W, bias):
         """Of the libraries with W_dec [F, D] and, unless it is tied, W_enc [D, F]."""
@@ -175,7 +179,8 @@ class DictionaryLearning(Peer):
     @torch.no_grad()
     def encode(self, x):
         ae = self.trainer.ae
-        options = {"use_threshold": bool(ae.threshold >= 0)} if hasattr(ae, "threshold") else {}
+        threshold = not self.batchwise and hasattr(ae, "threshold") and bool(ae.threshold >= 0)
+        options = {"use_threshold": threshold} if hasattr(ae, "threshold") else {}
         return ae.encode(x, **options)
 
     def decode(self, z):
@@ -223,7 +228,7 @@ class SAELens(Peer):
     @torch.no_grad()
     def encode(self, x):
         self.sae.eval()
-        if self.jump:                                        # as the JumpReLU that it would save
+        if self.jump and not self.batchwise:                 # as the JumpReLU that it would save
             pre = self.sae.encode_with_hidden_pre(x)[1]
             return pre.relu() * (pre > self.sae.topk_threshold)
         z = self.sae.encode(x)

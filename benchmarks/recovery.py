@@ -20,13 +20,12 @@ With an L1 penalty (--variant vanilla, gated; 'flat' alone) sparsity is not set 
 runs at every rate of --lrs with every coefficient of --l1s on the first seed, and its two best
 settings on the other seeds; the better mean is kept. Ours then runs told by --target-l0 to end at
 the L0 of each peer's best, at its default rate and at the best of the same rates on the first seed.
-(The vanilla table kept here is from a part of that command's runs; it says which.)
 
 MCC is the mean signed cosine of true and learned features under the best one-to-one matching;
 chance is that of random directions. L0, FVU and dead latents are of 65,536 held-out samples; with a
 threshold (BatchTopK, Matryoshka) each library uses the one that it saves, and ours is set on half of them.
 """
-import argparse, contextlib, io, json, os, subprocess, sys, types
+import argparse, contextlib, io, json, os, sys, types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from scipy.optimize import linear_sum_assignment
 
 import peers, runs
 from sources.toy import ToySource
-from speed import machine
+from speed import in_process, machine
 
 TASKS = {"flat": (64, 256, 5), "song": (16, 32, 3)}                              # D, F, k
 STEPS, BATCH, SEEDS = 3000, 1024, (0, 1, 2)
@@ -71,6 +70,7 @@ def measure(name, options, task, lr, seed, variant="topk"):
     return dict(mcc=score, above=above, chance=chance, **metrics)
 
 DONE, KEEP = {}, None               # the peers' finished runs, by job, and the file of --runs
+FAILED = []                         # jobs
 
 def run_all(jobs):
     """Results of the jobs, each in a process of its own, two at a time."""
@@ -78,17 +78,15 @@ def run_all(jobs):
         key = json.dumps(job, sort_keys=True)
         if key in DONE:
             return DONE[key]
-        run = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)], text=True,
-                             capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        answer = [line[6:] for line in run.stdout.splitlines() if line.startswith("RESULT")]
+        answer = in_process(__file__, job)
         if not answer:
-            print(f"{job} failed:\n{run.stderr[-2000:]}", file=sys.stderr)
+            FAILED.append(job)
             return None
-        print(job, answer[0], flush=True)
+        print(job, answer, flush=True)
         if KEEP and job["name"] != "ours":
             with open(KEEP, "a") as f:
-                f.write(json.dumps([key, json.loads(answer[0])]) + "\n")
-        return json.loads(answer[0])
+                f.write(json.dumps([key, answer]) + "\n")
+        return answer
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, jobs))
 
@@ -206,6 +204,8 @@ def main():
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("\n".join(lines) + "\n")
+    if FAILED:
+        raise SystemExit(f"{len(FAILED)} runs failed")
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """SAELens and ours on the same directory: do they agree? (Where sae-lens is installed.)
 
-    python benchmarks/saelens_check.py runs/topk-smollm2-L6         # largest differences, held-out activations
+    python benchmarks/saelens_check.py RUN [RUN ...]                # largest differences, held-out activations
     python benchmarks/saelens_check.py --fixtures tests/saelens     # what tests/test_evaluate.py reads
 
 --fixtures trains small SAEs with SAELens on samples of the toy 'song' (X.npy), saves them as SAELens does, and
@@ -30,12 +30,14 @@ def check(path):
         z_theirs = theirs.encode(x)
         x_theirs = theirs.decode(z_theirs)
     version = importlib.metadata.version("sae-lens")
-    print(f"sae-lens {version}, torch {torch.__version__}, {datetime.date.today()}, {path}: {len(x)} "
-          f"raw activations, mean norm {x.norm(dim=1).mean():.1f}")
-    print(f"active latents that differ: {((z > 0) != (z_theirs > 0)).sum()} of {(z > 0).sum()}")
+    lines = [f"sae-lens {version}, torch {torch.__version__}, {datetime.date.today()}, {path}: {len(x)} "
+             f"raw activations, mean norm {x.norm(dim=1).mean():.1f}",
+             f"active latents that differ: {((z > 0) != (z_theirs > 0)).sum()} of {(z > 0).sum()}"]
     for name, a, b in (("codes", z, z_theirs), ("reconstructions", x_hat, x_theirs)):
-        print(f"{name}: largest difference {(a - b).abs().max():.1e}, largest value "
-              f"{a.abs().max():.1f}, relative {(a - b).norm() / a.norm():.1e}")
+        lines.append(f"{name}: largest difference {(a - b).abs().max():.1e}, largest value "
+                     f"{a.abs().max():.1f}, relative {(a - b).norm() / a.norm():.1e}")
+    print("\n".join([*lines, ""]), flush=True)
+    return "\n".join([*lines, ""])
 
 @torch.no_grad()
 def scores(path, x):
@@ -76,9 +78,14 @@ def fixtures(out):
     print(json.dumps(expected, indent=1))
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("run", type=Path, nargs="?")
+parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
 parser.add_argument("--fixtures", type=Path)
+parser.add_argument("--out", type=Path, help="also write the differences there")
 args = parser.parse_args()
-if not args.run and not args.fixtures:
+if not args.runs and not args.fixtures:
     parser.error("name a run, or --fixtures DIR")
-fixtures(args.fixtures) if args.fixtures else check(args.run)
+if args.fixtures:
+    fixtures(args.fixtures)
+text = "\n".join(map(check, args.runs))
+if args.out:
+    args.out.write_text(text)

@@ -3,15 +3,13 @@
 In the peers' environment (requirements.txt beside this file):
 
     python benchmarks/speed.py --turns 2 --steps 4 --out benchmarks/results/speed.md
-    python benchmarks/speed.py --turns 2 --steps 4 --precisions bf16 --same-allocator \\
+    python benchmarks/speed.py --turns 2 --steps 4 --same-allocator \\
         --out benchmarks/results/speed-same-allocator.md
-    python benchmarks/speed.py --turns 2 --steps 4 --variants vanilla gated --same-allocator \\
+    python benchmarks/speed.py --turns 3 --steps 4 --variants vanilla gated --same-allocator \\
         --out benchmarks/results/speed-l1.md
     python benchmarks/speed.py --turns 2 --steps 4 --variants batchtopk matryoshka ordered \\
         --same-allocator --out benchmarks/results/speed-nested.md
-    python benchmarks/speed.py --turns 3 --steps 8 --variants gba --shapes small --out small.md
-    python benchmarks/speed.py --turns 2 --steps 4 --variants gba --shapes large --out large.md
-                                                    # both tables are in results/speed-gba.md
+    python benchmarks/speed.py --turns 3 --steps 6 --variants gba --out benchmarks/results/speed-gba.md
 
 Each library runs its own training step on the same batches, set up as peers.py says, in a process
 of its own, on one thread, measured in CPU time (which other work on the machine disturbs less than
@@ -108,6 +106,16 @@ def timed(function, seconds):
         return value
     return call
 
+def in_process(script, job):
+    """What `script --one JOB` gives after RESULT, from a process of its own on one thread; None if it failed."""
+    run = subprocess.run([sys.executable, script, "--one", json.dumps(job)], capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    answer = [line[6:] for line in run.stdout.splitlines() if line.startswith("RESULT")]
+    if not answer:
+        print(f"{job} failed:\n{run.stderr[-2000:]}", file=sys.stderr, flush=True)
+        return None
+    return json.loads(answer[0])
+
 def commit():
     git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True,
                                     cwd=Path(__file__).parent).stdout.strip()
@@ -139,6 +147,7 @@ def main():
         os._exit(0)                                         # the peers' loops wait for more batches
     lines = [f"{machine()}; one thread, CPU time, median of {args.turns} turns of {args.steps} "
              f"steps{', our allocator setting for all' if args.same_allocator else ''}", ""]
+    failed = 0
     for variant, shape, precision in itertools.product(args.variants, args.shapes, args.precisions):
         rows = (K_ROWS | L1_ROWS).get(variant) or [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
         results = [[] for _ in rows]
@@ -146,19 +155,16 @@ def main():
             for (name, options), result in zip(rows, results):
                 job = dict(name=name, variant=variant, options=options, shape=shape,
                            precision=precision, n=args.steps, same_allocator=args.same_allocator)
-                run = subprocess.run([sys.executable, __file__, "--one", json.dumps(job)],
-                                     capture_output=True, text=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1"})
-                answer = [l[6:] for l in run.stdout.splitlines() if l.startswith("RESULT")]
-                if not answer:
-                    print(f"{name} {options} failed:\n{run.stderr[-2000:]}", file=sys.stderr)
-                    continue
-                result.append(json.loads(answer[0]))
+                answer = in_process(__file__, job)
+                result += [answer] if answer else []
+                failed += not answer
         lines += table(variant, shape, precision, rows, results)
         print("\n".join(lines[-len(rows) - 5:]), flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text("\n".join(lines) + "\n")
+    if failed:
+        raise SystemExit(f"{failed} processes failed")
 
 def table(variant, shape, precision, rows, results):
     d, F, k, B = SHAPES[shape]

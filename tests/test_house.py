@@ -1,6 +1,8 @@
 """The house: which way imports go, shared spans, sizes of files and texts, and commands that stand in them."""
 import ast
 import difflib
+import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -224,6 +226,73 @@ def test_help_is_complete(script, capsys):
         __import__(script.stem).parse_args(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and out.count("  --") >= 20 and "arXiv" in out
+
+# --- benchmarks/all.py ----------------------------------------------------------------------------
+
+tables = importlib.import_module("benchmarks.all")
+
+def test_every_table_has_one_command():
+    """benchmarks/all.py makes each file in benchmarks/results, by one entry; and it runs all commands of docs/results.md
+    that make tables."""
+    results = tables.RECORD.parent
+    for path in results.rglob("*"):
+        name = path.relative_to(results)
+        writers = [e.name for e in tables.ENTRIES for pattern in e.writes if name.match("/" + pattern) or name.match(pattern)]
+        assert path.is_dir() or path == tables.RECORD or len(writers) == 1, (name, writers)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/results.md").read_text(), re.S)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line for line in lines if re.match("python (benchmarks|tests)/|pytest", line)]
+    assert len(lines) > 20 and set(lines) <= {c for e in tables.ENTRIES for c in e.commands}
+    assert len(set(tables.NAMES)) == len(tables.NAMES)
+
+def test_all_tables_are_made_once(tmp_path, monkeypatch, capsys):
+    """One that fails or writes nothing is named and stops no other; a finished one is recorded, with date and commit,
+    and is left alone; an interrupted one goes on with what it had, and --again begins anew."""
+    make = lambda name, command: tables.Entry(name, [command, f"cp runs/{name}/steps results/{name}.md"], [f"{name}.md"], 1)
+    step = lambda name: f"mkdir -p runs/{name} && echo x >> runs/{name}/steps"
+    entries = [make("a", step("a")), make("b", step("b") + " && [ -e good ]"),
+               tables.Entry("c", ["true"], ["c.md"], 1), make("d", step("d"))._replace(alone=True)]
+    (tmp_path / "results").mkdir()
+    for name, value in dict(ROOT=tmp_path, RUNS=tmp_path / "runs", RECORD=tmp_path / "results/all.jsonl", ENTRIES=entries,
+                            NAMES=list("abcd")).items():
+        monkeypatch.setattr(tables, name, value)
+    monkeypatch.setattr(tables.signal, "signal", lambda *args: None)
+    argv = ["--jobs", "2", "--logs", str(tmp_path / "runs/logs")]
+    written = lambda: {p.stem: p.read_text() for p in (tmp_path / "results").glob("*.md")}
+    with pytest.raises(SystemExit) as stop:
+        tables.main(argv)
+    assert [line.split(",")[0] for line in str(stop.value).splitlines()] == ["failed: b", "failed: c"]
+    assert written() == {"a": "x\n", "d": "x\n"} and sorted(tables.finished()) == ["a", "d"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", tables.finished()["a"]["date"]) and tables.finished()["a"]["commit"]
+    (tmp_path / "good").touch()
+    tables.main([*argv, "--only", "a", "b"])
+    assert written() == {"a": "x\n", "b": "x\nx\n", "d": "x\n"}
+    tables.main([*argv, "--again", "b"])
+    assert written()["b"] == "x\n" and len(tables.RECORD.read_text().splitlines()) == 4
+    capsys.readouterr()
+    tables.main(["--list"])
+    assert capsys.readouterr().out.count(", commit ") == 3
+
+def test_tables_that_time_something_run_alone():
+    one, two, alone = (tables.Entry(name, [], [], 1, cores=n, alone=name == "c") for name, n in zip("abc", (1, 2, 1)))
+    assert tables.fits(one, [one], 2) and tables.fits(alone, [], 2) and tables.fits(two, [], 1)
+    assert not any(tables.fits(*pair, 2) for pair in ((one, [one, one]), (two, [one]), (one, [alone]), (alone, [one])))
+
+def test_time_to_a_mark():
+    """benchmarks/time_to_fvu.py: the mark is 1.1 times the best peer's end; a dense start does not reach it."""
+    time_to_fvu = importlib.import_module("benchmarks.time_to_fvu")
+    points = [(10, 1.0, 0.05, 2000), (20, 2.0, 0.4, 64), (30, 4.0, 0.1, 32), (40, 5.0, 0.05, 32)]
+    assert time_to_fvu.reached(points, 0.2, 32) == (30, 4.0)
+    tokens, seconds = time_to_fvu.reached(points, 0.2, 64)
+    assert abs(tokens - 25) < 1e-9 and abs(seconds - 3) < 1e-9          # .2 is half way from .4 to .1
+    assert time_to_fvu.reached(points, 0.2, 31) is None
+    slow = [(tokens, 3 * seconds, fvu, l0) for tokens, seconds, fvu, l0 in points]
+    bad = [(40, 20.0, 0.06, 32)]
+    rows = time_to_fvu.table("vanilla", [{"sae-lens": slow, "dictionary-learning": bad, "ours": points}])
+    assert "an FVU of 0.0550 at an L0 of at most 35.2" in rows[0]
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:4] for row in rows if row.startswith("|")}
+    assert cells["| ours"][0] == "4.9" and cells["| sae-lens"] == ["14.6", "39", "3.00"]
+    assert cells["| dictionary-learning"] == ["not reached", "", "above 4.11"]
 
 # --- docs/CLAIMS.md -------------------------------------------------------------------------------
 

@@ -1,0 +1,282 @@
+"""The settings of the training step that docs/decisions.md settles, each beside what it was compared with.
+
+    python benchmarks/decisions.py run                       # resumable: finished runs are kept
+    python benchmarks/decisions.py run --points clip eps     # those alone
+                                                             # two such commands at once share the work
+    python benchmarks/decisions.py report                    # benchmarks/results/decisions.md
+
+An alternative is a few changed lines: the repository is copied, the lines are replaced in the copy, and the
+script runs there by its ordinary command, on one thread. Where an alternative has several options (learning
+rates, say), the best mean on the seeds of the choice, 0 to 4, is taken, and the figures are of seeds 10 and up,
+on which nothing was chosen. Toys draw their features, too, with the seed. FVU, L0 and dead latents are those
+that the script prints, of held-out data; MCC is the mean cosine of true features and latents, matched one to one.
+
+Results are kept in benchmarks/results/decisions.jsonl, a line a run, with its command and changed lines.
+"""
+import argparse, contextlib, fcntl, json, os, shutil, subprocess, sys, tempfile, time, zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import runs
+from evaluation.metrics import match
+from sources.toy import Toy
+from speed import machine
+
+RESULTS = ROOT / "benchmarks/results"
+
+@dataclass
+class Task:
+    """One command, under several alternatives. `changes`: {alternative: [(file, old, new), ...]}; an
+    alternative may have flags of its own, `flags`. `options` are tried on the seeds `choose`, by `best`."""
+    name: str
+    command: str                                   # {seed} stands for the seed
+    changes: dict
+    flags: dict = field(default_factory=dict)
+    options: tuple = ("",)
+    choose: tuple = (0, 1, 2)
+    seeds: tuple = (10, 11, 12)
+    best: str = "fvu"                              # the lowest; "mcc": the highest
+
+    def score(self, results):
+        return mean(r[self.best] for r in results) * (-1 if self.best == "mcc" else 1)
+
+# --- the questions --------------------------------------------------------------------------------
+
+def toy(script, name, d_sae, flags, tokens=3_072_000, batch=1024):
+    return (f"{script}_sae.py --model toy --toy {name}:{{seed}} --d-sae {d_sae} {flags} --tokens {tokens} "
+            f"--batch-size {batch} --seed {{seed}}")
+
+def smollm2(script, flags, tokens=2_000_000):
+    return f"{script}_sae.py --layer 6 {flags} --tokens {tokens} --seed {{seed}}"
+
+def othello(script, flags, tokens=4_000_000):
+    return f"{script}_sae.py --model othello --layer 6 {flags} --tokens {tokens} --seed {{seed}}"
+
+def replace(script, *pairs):
+    return [(f"{script}_sae.py", old, new) for old, new in pairs]
+
+NORM = "opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])"
+
+def clip(script):
+    """What Adam divides gradients by: their norm; what clips them to sqrt(D); 1."""
+    scale = lambda value: replace(script, (NORM, f"{NORM}; opt.grad_scale = {value}"))
+    return {"norm 1": [], "at most sqrt(D)": scale("(norm / x.shape[1] ** 0.5).clamp(min=1)"),
+            "as it is": scale("torch.ones_like(norm)")}
+
+def rates(*lrs):
+    return tuple(f"--lr {lr:g}" for lr in lrs)
+
+# A start at which few latents fire: at c standard deviations of the pre-activations, as W_enc starts
+def start(script, bias):
+    zeros = f"self.{bias} = nn.Parameter(torch.zeros(d_sae))"
+    at = lambda c: f"self.{bias} = nn.Parameter(torch.full((d_sae,), -{c} * min(1, 2 * d_in / d_sae)))"
+    return {"0": [], "-1.65 std": replace(script, (zeros, at(1.65))), "-2.3 std": replace(script, (zeros, at(2.3)))}
+
+GBA_START = {"0": [], "at its target": replace("gba", ("loss_fn = dense_loss if", "sae.b_enc.copy_(torch.special.ndtri("
+             "state['target'])[state['group']]); loss_fn = dense_loss if"))}
+
+# Ways to revive latents of the gated SAE
+AFTER = '    new = dict(l1=l1, last_l0=l0, per_token=terms.get("gate_l0", terms["l0"]))'
+BOTH = "total = (mse + state[\"weight\"] * penalty + aux) * active.complete"
+RISE = {f"bias of the dead + {c:g} lr a step": replace("gated", (AFTER, f"    sae.b_gate.data[state['dead']] += {c} * lr_at(step, args)\n"
+        + AFTER)) for c in (1, 10)}
+AUXK = """    rows = state["dead"]
+    if len(rows):
+        e = (x - x_hat).detach()
+        pre = nn.functional.linear(x - sae.b_dec.detach(), sae.W_enc.T[rows], sae.b_gate[rows])
+        vals, idx = pre.topk(min(x.shape[1] // 2, len(rows)), sorted=False)
+        e_hat = torch.zeros_like(pre).scatter_(1, idx, vals).relu() @ sae.W_dec[rows]
+        aux = aux + x.shape[1] / 32 * (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum().clamp_min(1e-8 * len(e))
+"""
+PENALTY = "    penalty = sum_of_powers(opened, state[\"p\"], x)\n"
+REVIVE = {"nothing": [], **RISE, "AuxK": replace("gated", (PENALTY, AUXK + PENALTY)),
+          "unfrozen W_dec": replace("gated", ("active.decode(opened, sae.W_dec.detach())", "active.decode(opened, sae.W_dec)"))}
+
+# Weights of encoder and decoder, tied or not, with a scale a for each latent where they are tied
+GBA_TIES = {"tied": [], "untied": replace(
+    "gba", ("self.a = nn.Parameter(torch.ones(d_sae))", "self.a, self.W_enc = nn.Parameter(torch.ones(d_sae)), nn.Parameter(W.T.clone())"),
+    ("linear(x - self.b_dec, self.W_dec, self.b_enc)", "linear(x - self.b_dec, self.W_enc.T, self.b_enc)"),
+    ("x, sae.W_dec.T, sae.b_enc", "x, sae.W_enc, sae.b_enc"),
+    ("W_enc=(self.a.abs()[:, None] * self.W_dec).T", "W_enc=self.a.abs() * self.W_enc"))}
+TOPK_TIES = {"untied": [], "tied": replace(
+    "topk", ("self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))", "self.a = nn.Parameter(torch.ones(d_sae))"),
+    ("    def pre_acts(self", "    @property\n    def W_enc(self):\n        return self.W_dec.T\n\n    def pre_acts(self"),
+    ("return z @ self.W_dec + self.b_dec", "return (z * self.a) @ self.W_dec + self.b_dec"),
+    ("active.decode(z, sae.W_dec)", "active.decode(z * active.lookup(sae.a), sae.W_dec)"))}
+GBA_HIGH = {"smollm2": {16: 0.018, 32: 0.04, 64: 0.088}, "othello": {16: 0.09, 32: 0.182, 64: 0.33}}
+
+def ties():
+    for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,))):
+        for where, data in (("othello", othello), ("smollm2", smollm2)):
+            yield Task(f"{where}, GBA, L0 {l0}", data("gba", f"--high {GBA_HIGH[where][l0]}"), GBA_TIES, seeds=seeds)
+            yield Task(f"{where}, TopK, L0 {l0}", data("topk", f"--k {l0}"), TOPK_TIES, seeds=seeds)
+
+NARROW = "--widths 512 1536 3584 4608"
+
+POINTS = {
+    "clip": [
+        Task("flat", toy("topk", "flat", 256, "--k 5"), clip("topk"), options=rates(4.6e-3, 9.2e-3, 1.8e-2), best="mcc"),
+        Task("song", toy("topk", "song", 32, "--k 3"), clip("topk"), options=rates(5e-3, 1e-2, 2e-2), best="mcc"),
+        Task("flat, L1", toy("vanilla", "flat", 256, "--target-l0 13"), clip("vanilla"),
+             options=rates(4.6e-3, 9.2e-3, 1.8e-2), best="mcc"),
+        Task("smollm2", smollm2("topk", "", 1_000_000), clip("topk"), options=rates(1.1e-3, 2.3e-3, 4.5e-3), choose=(0,))],
+    "eps": [
+        Task(f"othello, {script}, L0 {l0}", othello(script, f"--p-end 0.2 --target-l0 {l0}", 2_000_000),
+             {eps: replace(script, ("EPS = 1e-4 ", f"EPS = {eps} ")) for eps in ("1e-4", "1e-2", "1e-1", "0.3")},
+             seeds=(0, 1, 2))
+        for script in ("gated", "vanilla") for l0 in (32, 64)],
+    "start": [
+        Task("othello, L1", othello("vanilla", "--target-l0 32"), start("vanilla", "b_enc"), seeds=(0, 1)),
+        Task("othello, gated", othello("gated", "--target-l0 32"), start("gated", "b_gate"), seeds=(0, 1)),
+        Task("othello, GBA", othello("gba", "--high 0.182"), GBA_START, seeds=(0, 1)),
+        Task("smollm2, L1", smollm2("vanilla", "--target-l0 32"), start("vanilla", "b_enc"), seeds=(0,)),
+        Task("smollm2, gated", smollm2("gated", "--target-l0 32"), start("gated", "b_gate"), seeds=(0,)),
+        Task("smollm2, GBA", smollm2("gba", "--high 0.04"), GBA_START, seeds=(0,)),
+        Task("flat, L1", toy("vanilla", "flat", 256, "--target-l0 13"), start("vanilla", "b_enc")),
+        Task("flat, gated", toy("gated", "flat", 256, "--target-l0 13"), start("gated", "b_gate")),
+        Task("flat, GBA", toy("gba", "flat", 256, "--groups 1 --high 0.03"), GBA_START)],
+    "revive": [
+        Task("flat", toy("gated", "flat", 256, "--target-l0 13"), REVIVE, seeds=(0, 1, 2, 3, 4)),
+        Task("othello, p-annealed", othello("gated", "--p-end 0.2 --target-l0 32"), REVIVE, seeds=(0,)),
+        Task("othello", othello("gated", "--target-l0 32"), REVIVE, seeds=(0,))],
+    "ties": list(ties()),
+    "widths": [
+        Task("smollm2, 4608", smollm2("matryoshka", ""), {"default": [], NARROW: [], "--balance 0": []},
+             flags={NARROW: NARROW, "--balance 0": "--balance 0"}, seeds=(0, 1, 2)),
+        Task("smollm2, 16128", smollm2("matryoshka", "--d-sae 16128"), {"default": [], "--balance 0": []},
+             flags={"--balance 0": "--balance 0"}, seeds=(0, 1, 2))],
+}
+
+# --- runs -----------------------------------------------------------------------------------------
+
+def copy_with(changes, folder):
+    """The repository's modules in `folder`, with the changed lines."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("sources/*.py"), *ROOT.glob("othello/*")]:
+        if path.is_file():
+            there = folder / path.relative_to(ROOT)
+            there.parent.mkdir(exist_ok=True)
+            shutil.copy(path, there)
+    for name, old, new in changes:
+        text = (folder / name).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{name}: {text.count(old)} times, and not once: {old}")
+        (folder / name).write_text(text.replace(old, new))
+
+def one(command, changes):
+    """Run it; what cfg.json says of its results, and MCC on a toy."""
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        copy_with(changes, tmp)
+        run = subprocess.run([sys.executable, *command.split(), "--out", "run", "--save-every", "100000"], cwd=tmp,
+                             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
+        if run.returncode:
+            print(f"{command}: failed\n{run.stderr[-1500:]}", file=sys.stderr, flush=True)
+            return dict(failed=run.stderr.strip().splitlines()[-1][:200])
+        cfg, tensors = runs.load_sae(tmp / "run")
+        results = {k: v for k, v in cfg["metadata"]["results"].items() if k != "groups"}
+        if "--toy" in command:
+            truth = Toy.preset(cfg["metadata"]["flags"]["toy"]).features
+            i, j, cosine = match(truth, tensors["W_dec"])
+            results["mcc"] = cosine[i, j].mean().item()
+        return results
+
+def key(command, changes):
+    return json.dumps([command, changes])
+
+def finished():
+    path = RESULTS / "decisions.jsonl"
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {key(line["command"], line["changes"]): line["results"] for line in lines}
+
+@contextlib.contextmanager
+def claimed(name, folder):
+    """Yields whether this process may do the run: a lock, so that several can share the work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{zlib.crc32(name.encode())}", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+def do(point, task, alternative, option, seed):
+    """The results of one run: found, or made and kept; None if another process is at it."""
+    command = " ".join(f"{task.command} {task.flags.get(alternative, '')} {option}".format(seed=seed).split())
+    changes = task.changes[alternative]
+    name = key(command, [list(c) for c in changes])
+    if name in finished():
+        return finished()[name]
+    with claimed(name, Path(tempfile.gettempdir()) / "decisions") as mine:
+        if not mine:
+            return None
+        if name in finished():
+            return finished()[name]
+        began = time.time()
+        results = one(command, changes)
+        line = dict(point=point, task=task.name, alternative=alternative, command=command, changes=changes,
+                    results=results, seconds=round(time.time() - began), date=time.strftime("%Y-%m-%d"), machine=machine())
+        with open(RESULTS / "decisions.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(point, task.name, alternative, option, seed, {k: round(v, 4) for k, v in results.items()
+                                                            if k in ("l0", "fvu", "dead", "mcc")}, flush=True)
+        return results
+
+def chosen(point, task, alternative, get):
+    """The best option of an alternative, by the seeds of the choice; None if one is not there yet."""
+    if len(task.options) == 1:
+        return task.options[0]
+    found = {option: [get(point, task, alternative, option, seed) for seed in task.choose] for option in task.options}
+    good = {o: rs for o, rs in found.items() if all(r and "failed" not in r for r in rs)}
+    if any(r is None for rs in found.values() for r in rs) or not good:
+        return None
+    return min(good, key=lambda option: task.score(good[option]))
+
+def run(args):
+    for turn in range(2):                                     # what another process was at is there by then
+        for point in args.points:
+            for task in POINTS[point]:
+                for alternative in task.changes if args.only in task.name else ():
+                    option = chosen(point, task, alternative, do)
+                    for seed in task.seeds if option is not None else ():
+                        do(point, task, alternative, option, seed)
+        if turn == 0:
+            time.sleep(1)
+
+# --- the table ------------------------------------------------------------------------------------
+
+def report(args):
+    done = finished()
+    def get(point, task, alternative, option, seed):
+        command = " ".join(f"{task.command} {task.flags.get(alternative, '')} {option}".format(seed=seed).split())
+        return done.get(key(command, [list(c) for c in task.changes[alternative]]))
+    lines = [f"Made by benchmarks/decisions.py; {machine()}; its docstring says what each column is.", ""]
+    for point in args.points:
+        lines += [f"**{point}**", "", "| task | alternative | option | seeds | MCC | FVU | L0 | dead |",
+                  "|---|---|---|---|--:|--:|--:|--:|"]
+        for task in POINTS[point]:
+            for alternative in task.changes:
+                option = chosen(point, task, alternative, get)
+                rows = [r for seed in task.seeds if option is not None and (r := get(point, task, alternative, option, seed))
+                        and "failed" not in r]
+                if rows:
+                    cell = lambda name, form: " ".join(format(r[name], form) for r in rows) if name in rows[0] else ""
+                    lines.append(f"| {task.name} | {alternative} | {option} | {', '.join(map(str, task.seeds))} | "
+                                 f"{cell('mcc', '.3f')} | {cell('fvu', '.4f')} | {cell('l0', '.1f')} | {cell('dead', '.1%')} |")
+        lines.append("")
+    (RESULTS / "decisions.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--points", nargs="+", default=list(POINTS), choices=POINTS, metavar="POINT", help=", ".join(POINTS))
+    parser.add_argument("--only", default="", help="run the tasks with this in their name")
+    args = parser.parse_args()
+    globals()[args.what](args)
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ import runs
 import sparse
 
 BETAS = 0.9, 0.999      # of Adam
-MEMORY = 2 ** 24        # floats of prefixes held at a time, or 2 F D if that is more
+MEMORY = dict(cpu=2 ** 24, cuda=2 ** 28)      # floats of prefixes held at a time, or 2 F D if more
 DENSE_MOST = 1024       # latents with --dense, which decodes every prefix
 
 # --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
@@ -152,7 +152,7 @@ def sparse_loss(sae, x, state, args):
         active = sparse.Active(row // k, idx.flatten(), B, d_sae)
         S = nn.functional.pad(state["survival"][idx], (1, 0), value=1.0)     # (B, k + 1)
         w = S - nn.functional.pad(S[:, 1:], (0, 1))           # P(the prefix holds t of the k)
-        some = max(1, max(MEMORY, 2 * d_sae * D) // (k * D))                 # tokens a piece
+        some = max(1, max(MEMORY[x.device.type], 2 * d_sae * D) // (k * D))  # tokens a piece
         pieces = [sparse.Active(row[:part.numel()], part.flatten(), part.numel(), d_sae)
                   for part in idx.split(some)]                # a row for each entry: for Nested
     pre = sparse.Encode.apply(vals.gather(1, order).flatten(), active, x, sae.W_enc, sae.b_enc,

@@ -76,7 +76,7 @@ def test_ordered_loss_equals_the_loop_over_all_prefixes(prefix_law, full_share, 
     assert torch.equal(fired > 0, (sae.encode(x) > 1e-3).any(0))
     if full_share == 1:
         assert torch.allclose(loss, terms["mse"])
-    monkeypatch.setattr(ordered_sae, "MEMORY", 0)             # the smallest pieces, 2 F D floats
+    monkeypatch.setattr(ordered_sae, "MEMORY", dict(cpu=0))   # the smallest pieces, 2 F D floats
     x = torch.cat([x, x + 1, 2 * x])[:50]                     # for k = 4: of 20, 20 and 10 tokens
     compare(sae, ordered_sae.sparse_loss(sae, x, state, args)[0], naive_loss(sae, x, sae.encode(x), p))
 

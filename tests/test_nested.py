@@ -131,7 +131,8 @@ def test_auxk_reconstructs_the_error_of_all_latents(cls):
         script, state = matryoshka_sae, matryoshka_state([8, 40], 1, 4 * B)
         args = Namespace(auxk=4, auxk_alpha=0.7)
     state["dead"] = torch.arange(0, 40, 5)
-    aux = auxk_loss(sae, x, (x - sae(x)).detach(), state["dead"], args)
+    dead = state["dead"]
+    aux = auxk_loss(sae, x, (x - sae(x)).detach(), dead, sae.W_enc.T[dead], sae.W_dec[dead], args)
     with_dead = script.sparse_loss(sae, x, state, args)[0]
     without = script.sparse_loss(sae, x, dict(state, dead=state["dead"][:0]), args)[0]
     compare(sae, with_dead, without + 0.7 * D * aux)

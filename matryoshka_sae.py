@@ -160,14 +160,17 @@ def sparse_loss(sae, x, state, args):
         level = torch.searchsorted(state["widths"], active.col, right=True)  # of an entry, from 0
         levels = active.in_rows(active.row * G + level, B * G)               # for Nested
         w = nn.functional.pad(state["weights"], (1, 0)).expand(B, G + 1)     # empty prefix: 0
-    pre = sparse.Encode.apply(vals, active, x, sae.W_enc, sae.b_enc, sae.b_dec)
+    dead = state["dead"] if args.auxk_alpha else state["dead"][:0]
+    W_enc, rows_enc = sparse.Rows.apply(sae.W_enc.T, dead)    # rows_enc: W_enc[:, dead].T, (n, D)
+    W_dec, rows_dec = sparse.Rows.apply(sae.W_dec, dead)
+    pre = sparse.Encode.apply(vals, active, x, W_enc.T, sae.b_enc, sae.b_dec)
     z = pre.relu()                                            # entries of Z = encode(x): (n,)
-    e = (x - sae.b_dec - active.matmul(z, sae.W_dec)).detach()     # x - (Z @ W_dec + b_dec)
-    total = sparse.Nested.apply(z, sae.W_dec, sae.b_dec, e, w, [levels]) / B  # sum_g w mean |e_g|^2
-    mse, dead = e.pow(2).sum() / B, state["dead"]
+    e = (x - sae.b_dec - active.matmul(z, W_dec)).detach()    # x - (Z @ W_dec + b_dec)
+    total = sparse.Nested.apply(z, W_dec, sae.b_dec, e, w, [levels]) / B      # sum_g w mean |e_g|^2
+    mse = e.pow(2).sum() / B
     aux = torch.zeros_like(mse)
-    if len(dead) and args.auxk_alpha:
-        aux = auxk_loss(sae, x, e, dead, args)
+    if len(dead):
+        aux = auxk_loss(sae, x, e, dead, rows_enc, rows_dec, args)
     total = total + args.auxk_alpha * D * aux
     terms = dict(loss=total, mse=mse, aux=aux, l0=(z > 0).sum() / B)
     return total, terms, active.t_sum((z > 1e-3).float())     # (Z > 1e-3).sum(0)
@@ -187,11 +190,9 @@ def batch_top(pre, n):
     return vals, flat
 
 # [shared: auxk]
-def auxk_loss(sae, x, e, dead, args):
+def auxk_loss(sae, x, e, dead, rows_enc, rows_dec, args):
     """aux: how badly the n dead latents reconstruct the error e that the live ones leave. The live
     ones and b_dec get no gradient. e_hat has no b_dec, because e is without it already."""
-    rows_enc = nn.functional.embedding(dead, sae.W_enc.T)     # W_enc[:, dead].T: (n, D)
-    rows_dec = nn.functional.embedding(dead, sae.W_dec)       # W_dec[dead]: (n, D)
     pre = nn.functional.linear(x - sae.b_dec.detach(), rows_enc, sae.b_enc[dead])    # (B, n)
     if len(dead) > args.auxk:
         vals, idx = pre.topk(args.auxk, sorted=False)

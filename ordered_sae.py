@@ -37,7 +37,7 @@ import runs
 import sparse
 
 BETAS = 0.9, 0.999      # of Adam
-MEMORY = 2 ** 24        # floats of prefixes held at a time, or 2 F D if that is more
+MEMORY = dict(cpu=2 ** 24, cuda=2 ** 28)      # floats of prefixes held at a time, or 2 F D if more
 DENSE_MOST = 1024       # latents with --dense, which decodes every prefix
 
 # --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
@@ -152,28 +152,29 @@ def sparse_loss(sae, x, state, args):
         active = sparse.Active(row // k, idx.flatten(), B, d_sae)
         S = nn.functional.pad(state["survival"][idx], (1, 0), value=1.0)     # (B, k + 1)
         w = S - nn.functional.pad(S[:, 1:], (0, 1))           # P(the prefix holds t of the k)
-        some = max(1, max(MEMORY, 2 * d_sae * D) // (k * D))                 # tokens a piece
+        some = max(1, max(MEMORY[x.device.type], 2 * d_sae * D) // (k * D))  # tokens a piece
         pieces = [sparse.Active(row[:part.numel()], part.flatten(), part.numel(), d_sae)
                   for part in idx.split(some)]                # a row for each entry: for Nested
-    pre = sparse.Encode.apply(vals.gather(1, order).flatten(), active, x, sae.W_enc, sae.b_enc,
+    dead = state["dead"] if args.auxk_alpha else state["dead"][:0]
+    W_enc, rows_enc = sparse.Rows.apply(sae.W_enc.T, dead)    # rows_enc: W_enc[:, dead].T, (n, D)
+    W_dec, rows_dec = sparse.Rows.apply(sae.W_dec, dead)
+    pre = sparse.Encode.apply(vals.gather(1, order).flatten(), active, x, W_enc.T, sae.b_enc,
                               sae.b_dec)
     z = pre.relu()                                            # entries of Z = encode(x): (B k,)
-    e = (x - sae.b_dec - active.matmul(z, sae.W_dec)).detach()     # x - (Z @ W_dec + b_dec)
-    total = sparse.Nested.apply(z, sae.W_dec, sae.b_dec, e, w, pieces) / B   # sum_l p mean |e_l|^2
-    mse, dead = e.pow(2).sum() / B, state["dead"]
+    e = (x - sae.b_dec - active.matmul(z, W_dec)).detach()    # x - (Z @ W_dec + b_dec)
+    total = sparse.Nested.apply(z, W_dec, sae.b_dec, e, w, pieces) / B   # sum_l p mean |e_l|^2
+    mse = e.pow(2).sum() / B
     aux = torch.zeros_like(mse)
-    if len(dead) and args.auxk_alpha:
-        aux = auxk_loss(sae, x, e, dead, args)
+    if len(dead):
+        aux = auxk_loss(sae, x, e, dead, rows_enc, rows_dec, args)
     total = total + args.auxk_alpha * D * aux
     terms = dict(loss=total, mse=mse, aux=aux, l0=(z > 0).sum() / B)
     return total, terms, active.t_sum((z > 1e-3).float())     # (Z > 1e-3).sum(0)
 
 # [shared: auxk]
-def auxk_loss(sae, x, e, dead, args):
+def auxk_loss(sae, x, e, dead, rows_enc, rows_dec, args):
     """aux: how badly the n dead latents reconstruct the error e that the live ones leave. The live
     ones and b_dec get no gradient. e_hat has no b_dec, because e is without it already."""
-    rows_enc = nn.functional.embedding(dead, sae.W_enc.T)     # W_enc[:, dead].T: (n, D)
-    rows_dec = nn.functional.embedding(dead, sae.W_dec)       # W_dec[dead]: (n, D)
     pre = nn.functional.linear(x - sae.b_dec.detach(), rows_enc, sae.b_enc[dead])    # (B, n)
     if len(dead) > args.auxk:
         vals, idx = pre.topk(args.auxk, sorted=False)

@@ -114,6 +114,18 @@ class Decode(torch.autograd.Function):
         grad_W = ctx.active.t_matmul(z, grad) if ctx.needs_input_grad[2] else None
         return ctx.active.entries(grad, W_dec), None, grad_W
 
+class Rows(torch.autograd.Function):
+    """W and W[rows], for W [F, D]; the rows differ. The gradient of W[rows] is added to that of W
+    in place: autograd alone would make another [F, D] of it."""
+    @staticmethod
+    def forward(ctx, W, rows):
+        ctx.rows = rows
+        return W.view_as(W), W[rows]
+
+    @staticmethod
+    def backward(ctx, grad, grad_rows):
+        return grad.index_add_(0, ctx.rows, grad_rows), None
+
 # --- the largest entries: TopK, BatchTopK ---------------------------------------------------------
 
 def top(pre, k):

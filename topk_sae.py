@@ -126,23 +126,24 @@ def sparse_loss(sae, x, state, args):
         vals, idx = sparse.top(sae.pre_acts(x), sae.k)        # pre.topk(k): (B, k), may be bf16
     row = torch.arange(len(x), device=x.device).repeat_interleave(sae.k)
     active = sparse.Active(row, idx.flatten(), len(x), len(sae.W_dec))
-    pre = sparse.Encode.apply(vals.flatten(), active, x, sae.W_enc, sae.b_enc, sae.b_dec)
+    dead = state["dead"] if args.auxk_alpha else state["dead"][:0]
+    W_enc, rows_enc = sparse.Rows.apply(sae.W_enc.T, dead)    # rows_enc: W_enc[:, dead].T, (n, D)
+    W_dec, rows_dec = sparse.Rows.apply(sae.W_dec, dead)
+    pre = sparse.Encode.apply(vals.flatten(), active, x, W_enc.T, sae.b_enc, sae.b_dec)
     z = pre.relu()                                            # entries of Z = encode(x): (B k,)
-    x_hat = active.decode(z, sae.W_dec) + sae.b_dec           # Z @ W_dec + b_dec: (B, D)
+    x_hat = active.decode(z, W_dec) + sae.b_dec               # Z @ W_dec + b_dec: (B, D)
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
-    dead, aux = state["dead"], torch.zeros_like(mse)
-    if len(dead) and args.auxk_alpha:
-        aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, args)
+    aux = torch.zeros_like(mse)
+    if len(dead):
+        aux = auxk_loss(sae, x, (x - x_hat).detach(), dead, rows_enc, rows_dec, args)
     total = mse + args.auxk_alpha * x.shape[1] * aux
     terms = dict(loss=total, mse=mse, aux=aux, l0=(z > 0).sum() / len(x))
     return total, terms, active.t_sum((z > 1e-3).float())     # (Z > 1e-3).sum(0)
 
 # [shared: auxk]
-def auxk_loss(sae, x, e, dead, args):
+def auxk_loss(sae, x, e, dead, rows_enc, rows_dec, args):
     """aux: how badly the n dead latents reconstruct the error e that the live ones leave. The live
     ones and b_dec get no gradient. e_hat has no b_dec, because e is without it already."""
-    rows_enc = nn.functional.embedding(dead, sae.W_enc.T)     # W_enc[:, dead].T: (n, D)
-    rows_dec = nn.functional.embedding(dead, sae.W_dec)       # W_dec[dead]: (n, D)
     pre = nn.functional.linear(x - sae.b_dec.detach(), rows_enc, sae.b_enc[dead])    # (B, n)
     if len(dead) > args.auxk:
         vals, idx = pre.topk(args.auxk, sorted=False)

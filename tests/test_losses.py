@@ -241,6 +241,17 @@ def test_active_is_its_formulas():
     assert close(everything.decode(Z, W), Z @ W) and close(everything.t_sum(Z), Z.sum(0))
     assert close(everything.t_max(Z - 1).double(), (Z - 1).amax(0).relu()) and everything.lookup(b) is b
 
+def test_rows_adds_its_gradient_in_place():
+    """Of the rows' gradient no other [F, D] is made: it goes into the one that W gets anyway."""
+    torch.manual_seed(0)
+    W, rows = torch.randn(N, D, requires_grad=True), torch.randperm(N)[:7]
+    same, some = sparse.Rows.apply(W, rows)
+    assert torch.equal(same, W) and torch.equal(some, W[rows])
+    grad, grad_rows = torch.randn(N, D), torch.randn(7, D)
+    expected = grad.index_add(0, rows, grad_rows)
+    torch.autograd.backward([same, some], [grad, grad_rows])
+    assert torch.equal(W.grad, expected) and torch.equal(grad, expected)
+
 @pytest.mark.parametrize("bias", [0.0, -1e3], ids=["", "silent"])
 def test_the_three_forms_of_encode_are_their_formulas(bias):
     torch.manual_seed(0)

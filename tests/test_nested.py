@@ -76,7 +76,7 @@ def test_ordered_loss_equals_the_loop_over_all_prefixes(prefix_law, full_share, 
     assert torch.equal(fired > 0, (sae.encode(x) > 1e-3).any(0))
     if full_share == 1:
         assert torch.allclose(loss, terms["mse"])
-    monkeypatch.setattr(ordered_sae, "MEMORY", 0)             # the smallest pieces, 2 F D floats
+    monkeypatch.setattr(ordered_sae, "MEMORY", dict(cpu=0))   # the smallest pieces, 2 F D floats
     x = torch.cat([x, x + 1, 2 * x])[:50]                     # for k = 4: of 20, 20 and 10 tokens
     compare(sae, ordered_sae.sparse_loss(sae, x, state, args)[0], naive_loss(sae, x, sae.encode(x), p))
 
@@ -131,7 +131,8 @@ def test_auxk_reconstructs_the_error_of_all_latents(cls):
         script, state = matryoshka_sae, matryoshka_state([8, 40], 1, 4 * B)
         args = Namespace(auxk=4, auxk_alpha=0.7)
     state["dead"] = torch.arange(0, 40, 5)
-    aux = auxk_loss(sae, x, (x - sae(x)).detach(), state["dead"], args)
+    dead = state["dead"]
+    aux = auxk_loss(sae, x, (x - sae(x)).detach(), dead, sae.W_enc.T[dead], sae.W_dec[dead], args)
     with_dead = script.sparse_loss(sae, x, state, args)[0]
     without = script.sparse_loss(sae, x, dict(state, dead=state["dead"][:0]), args)[0]
     compare(sae, with_dead, without + 0.7 * D * aux)

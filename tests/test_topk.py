@@ -114,7 +114,7 @@ def test_auxk_reaches_dead_latents_only():
     live = torch.ones(40, dtype=bool)
     live[dead] = False
     e = (x - sae(x)).detach()
-    topk_sae.auxk_loss(sae, x, e, dead, args).backward()
+    topk_sae.auxk_loss(sae, x, e, dead, sae.W_enc.T[dead], sae.W_dec[dead], args).backward()
     assert sae.b_dec.grad is None
     for grad in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad):
         assert (grad[live] == 0).all() and (grad[dead] != 0).any()

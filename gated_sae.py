@@ -37,7 +37,7 @@ import runs
 import sparse
 
 BETAS = 0.9, 0.999      # of Adam
-EPS = 1e-4              # in z^p; also the least penalty and L0 that are divided by
+EPS = 1e-3              # in z^p, times sqrt(D); also the least penalty and L0 that are divided by
 
 # --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
 
@@ -106,7 +106,8 @@ def loss(sae, x, l1, p=1):
     opened = gate.relu()                                                             # (B, F)
     aux_hat = opened @ sae.W_dec.detach() + sae.b_dec.detach()                         # (B, D)
     aux = (x - aux_hat).pow(2).sum(1).mean()
-    penalty = (opened if p == 1 else (opened + EPS) ** p - EPS ** p).sum(1).mean()
+    eps = EPS * x.shape[1] ** 0.5
+    penalty = (opened if p == 1 else (opened + eps) ** p - eps ** p).sum(1).mean()
     return mse + l1 * penalty + aux, dict(mse=mse, penalty=penalty, aux=aux), (z, opened)
 
 def dense_loss(sae, x, state, args):
@@ -143,7 +144,8 @@ def sum_of_powers(z, p, x):
     """mean_B sum_F z^p of the codes z of x, as entries [n] or as [B, F]; p None is 1."""
     if p is None:
         return z.sum(dtype=x.dtype) / len(x)
-    return ((z.to(x.dtype) + EPS) ** p - EPS ** p).sum() / len(x)
+    eps = EPS * x.shape[1] ** 0.5
+    return ((z.to(x.dtype) + eps) ** p - eps ** p).sum() / len(x)
 
 def p_at(step, args):
     """1 for 40 % of the steps, then linearly falling, --p-end from 70 % on."""

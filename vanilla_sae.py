@@ -16,10 +16,9 @@ code, not the text (docs/vanilla.md has the reasons and the smaller ones):
   - x is centred and scaled, so b_dec starts at the mean, not at the geometric median. The error is
     a sum over D: l1 is D * scale (printed at the start) times the coefficient of the first two.
     Karvonen et al. do not square the error; we do, as everywhere here.
-  - Dead latents are not resampled, since hardly any die: W_enc starts along W_dec.T, at
-    min(1, 2 D / F) of it, and l1 warms up linearly.
-  - p moves at every step from 40 to 70 % of the run; theirs jumps. z^p is (z + EPS)^p - EPS^p,
-    because the gradient of z^p at 0 is infinite. --target-l0 is ours.
+  - Dead latents are not resampled: few die. W_enc starts at min(1, 2 D / F) W_dec.T, l1 at 0.
+  - p moves at every step from 40 to 70 % of the run; theirs jumps. z^p is (z + eps)^p - eps^p with
+    eps = EPS sqrt(D), as its gradient at 0 is infinite. --target-l0 is ours.
 
     python vanilla_sae.py --layer 6                                  # a language model, 2 CPU cores
     python vanilla_sae.py --model toy --toy flat --d-sae 256         # data with known features
@@ -37,7 +36,7 @@ import runs
 import sparse
 
 BETAS = 0.9, 0.999      # of Adam
-EPS = 1e-4              # in z^p; also the least penalty and L0 that are divided by
+EPS = 1e-3              # in z^p, times sqrt(D); also the least penalty and L0 that are divided by
 
 # --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
 
@@ -114,7 +113,8 @@ def loss(sae, x, l1, p=1):
     """The textbook: plain autograd, the equations above; p < 1, of --p-end, needs EPS."""
     z = sae.encode(x)                                                                # (B, F)
     mse = (x - sae.decode(z)).pow(2).sum(1).mean()
-    penalty = (z if p == 1 else (z + EPS) ** p - EPS ** p).sum(1).mean()
+    eps = EPS * x.shape[1] ** 0.5
+    penalty = (z if p == 1 else (z + eps) ** p - eps ** p).sum(1).mean()
     return mse + l1 * penalty, dict(mse=mse, penalty=penalty), z
 
 def dense_loss(sae, x, state, args):
@@ -146,7 +146,8 @@ def sum_of_powers(z, p, x):
     """mean_B sum_F z^p of the codes z of x, as entries [n] or as [B, F]; p None is 1."""
     if p is None:
         return z.sum(dtype=x.dtype) / len(x)
-    return ((z.to(x.dtype) + EPS) ** p - EPS ** p).sum() / len(x)
+    eps = EPS * x.shape[1] ** 0.5
+    return ((z.to(x.dtype) + eps) ** p - eps ** p).sum() / len(x)
 
 def p_at(step, args):
     """1 for 40 % of the steps, then linearly falling, --p-end from 70 % on."""

@@ -110,7 +110,7 @@ GBA_HIGH = {"smollm2": {16: 0.018, 32: 0.04, 64: 0.088}, "othello": {16: 0.09, 3
 
 def ties():
     for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,))):
-        for where, data in (("othello", othello), ("smollm2", smollm2)):
+        for where, data in (("smollm2", smollm2), ("othello", othello)):
             yield Task(f"{where}, GBA, L0 {l0}", data("gba", f"--high {GBA_HIGH[where][l0]}"), GBA_TIES, seeds=seeds)
             yield Task(f"{where}, TopK, L0 {l0}", data("topk", f"--k {l0}"), TOPK_TIES, seeds=seeds)
 
@@ -125,7 +125,7 @@ POINTS = {
         Task("smollm2", smollm2("topk", "", 1_000_000), clip("topk"), options=rates(1.1e-3, 2.3e-3, 4.5e-3), choose=(0,))],
     "eps": [
         Task(f"othello, {script}, L0 {l0}", othello(script, f"--p-end 0.2 --target-l0 {l0}", 2_000_000),
-             {eps: replace(script, ("EPS = 1e-4 ", f"EPS = {eps} ")) for eps in ("1e-4", "1e-2", "1e-1", "0.3")},
+             {eps: replace(script, ("EPS = 1e-3 ", f"EPS = {eps} / 192 ** 0.5 ")) for eps in ("1e-4", "1e-2", "1e-1", "0.3")},
              seeds=(0, 1, 2))
         for script in ("gated", "vanilla") for l0 in (32, 64)],
     "start": [
@@ -183,13 +183,11 @@ def one(command, changes):
             results["mcc"] = cosine[i, j].mean().item()
         return results
 
-def key(command, changes):
-    return json.dumps([command, changes])
-
 def finished():
+    """Results by (point, task, alternative, option, seed). A line keeps its command, lines and commit."""
     path = RESULTS / "decisions.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return {key(line["command"], line["changes"]): line["results"] for line in lines}
+    return {tuple(line["name"]): line["results"] for line in lines}
 
 @contextlib.contextmanager
 def claimed(name, folder):
@@ -205,24 +203,20 @@ def claimed(name, folder):
 
 def do(point, task, alternative, option, seed):
     """The results of one run: found, or made and kept; None if another process is at it."""
-    command = " ".join(f"{task.command} {task.flags.get(alternative, '')} {option}".format(seed=seed).split())
-    changes = task.changes[alternative]
-    name = key(command, [list(c) for c in changes])
+    name = point, task.name, alternative, option, seed
     if name in finished():
         return finished()[name]
-    with claimed(name, Path(tempfile.gettempdir()) / "decisions") as mine:
-        if not mine:
-            return None
-        if name in finished():
-            return finished()[name]
-        began = time.time()
+    with claimed(repr(name), Path(tempfile.gettempdir()) / "decisions") as mine:
+        if not mine or name in finished():
+            return finished().get(name)
+        command = " ".join(f"{task.command} {task.flags.get(alternative, '')} {option}".format(seed=seed).split())
+        began, changes = time.time(), task.changes[alternative]
         results = one(command, changes)
-        line = dict(point=point, task=task.name, alternative=alternative, command=command, changes=changes,
-                    results=results, seconds=round(time.time() - began), date=time.strftime("%Y-%m-%d"), machine=machine())
+        line = dict(name=name, command=command, changes=changes, results=results,
+                    seconds=round(time.time() - began), machine=machine())
         with open(RESULTS / "decisions.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
-        print(point, task.name, alternative, option, seed, {k: round(v, 4) for k, v in results.items()
-                                                            if k in ("l0", "fvu", "dead", "mcc")}, flush=True)
+        print(*name, {k: round(v, 4) for k, v in results.items() if k in ("l0", "fvu", "dead", "mcc")}, flush=True)
         return results
 
 def chosen(point, task, alternative, get):
@@ -250,9 +244,7 @@ def run(args):
 
 def report(args):
     done = finished()
-    def get(point, task, alternative, option, seed):
-        command = " ".join(f"{task.command} {task.flags.get(alternative, '')} {option}".format(seed=seed).split())
-        return done.get(key(command, [list(c) for c in task.changes[alternative]]))
+    get = lambda point, task, alternative, option, seed: done.get((point, task.name, alternative, option, seed))
     lines = [f"Made by benchmarks/decisions.py; {machine()}; its docstring says what each column is.", ""]
     for point in args.points:
         lines += [f"**{point}**", "", "| task | alternative | option | seeds | MCC | FVU | L0 | dead |",

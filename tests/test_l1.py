@@ -51,7 +51,7 @@ def weights_of(sae):
 def explicit_loss(script, sae, x, weight, p):
     """The docstring's loss, token by token and latent by latent. -> (loss, sum z^p, frozen parts)"""
     W_enc, W_dec, b_dec = weights_of(sae)
-    losses, powers, eps = [], [], script.EPS
+    losses, powers, eps = [], [], script.EPS * x.shape[1] ** 0.5
     for token in x:
         x_hat, aux_hat, penalty = b_dec, b_dec.detach(), 0.0
         for i in range(len(W_dec)):
@@ -191,7 +191,7 @@ def test_p_ends_exactly_and_l1_is_rematched():
         terms = vanilla_sae.train_step(sae, opt, x, state, step, args)
         values.append((terms["l1"] * terms["penalty"]).item())
     assert max(values) / min(values) < 1.001                 # nothing else moves at this rate
-    assert abs(state["l1"] - 2) > 0.1                        # for which l1 had to change
+    assert abs(state["l1"] - 2) > 0.05                       # for which l1 had to change
 
 # --- claims ---------------------------------------------------------------------------------------
 

@@ -98,22 +98,21 @@ class GatedSAE(nn.Module):
 
 # --- loss -----------------------------------------------------------------------------------------
 
-def loss(sae, x, l1, p=1):
-    """The textbook: plain autograd, the equations above; p < 1, of --p-end, needs EPS."""
+def loss(sae, x, l1, p=1, eps=0.0):
+    """The textbook: plain autograd, the equations above; p < 1, of --p-end, needs an eps."""
     z = sae.encode(x)                                                                # (B, F)
     mse = (x - sae.decode(z)).pow(2).sum(1).mean()
     gate = (x - sae.b_dec) @ sae.W_enc + sae.b_gate                                  # (B, F)
     opened = gate.relu()                                                             # (B, F)
     aux_hat = opened @ sae.W_dec.detach() + sae.b_dec.detach()                         # (B, D)
     aux = (x - aux_hat).pow(2).sum(1).mean()
-    eps = EPS * x.shape[1] ** 0.5
     penalty = (opened if p == 1 else (opened + eps) ** p - eps ** p).sum(1).mean()
     return mse + l1 * penalty + aux, dict(mse=mse, penalty=penalty, aux=aux), (z, opened)
 
 def dense_loss(sae, x, state, args):
     """`loss`, with the arguments and results of sparse_loss: for --dense."""
     p = 1 if state["p"] is None else state["p"]
-    total, terms, (z, opened) = loss(sae, x, state["weight"], p)
+    total, terms, (z, opened) = loss(sae, x, state["weight"], p, EPS * x.shape[1] ** 0.5)
     terms.update(l1=state["weight"], gate_l0=(opened > 0).sum() / len(x), l0=(z > 0).sum() / len(x),
                  penalty_next=sum_of_powers(opened.detach(), state["p_next"], x))
     return total, dict(loss=total, **terms), (z > 1e-3).float().sum(0)

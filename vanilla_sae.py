@@ -109,18 +109,17 @@ class VanillaSAE(nn.Module):
 
 # --- loss -----------------------------------------------------------------------------------------
 
-def loss(sae, x, l1, p=1):
-    """The textbook: plain autograd, the equations above; p < 1, of --p-end, needs EPS."""
+def loss(sae, x, l1, p=1, eps=0.0):
+    """The textbook: plain autograd, the equations above; p < 1, of --p-end, needs an eps."""
     z = sae.encode(x)                                                                # (B, F)
     mse = (x - sae.decode(z)).pow(2).sum(1).mean()
-    eps = EPS * x.shape[1] ** 0.5
     penalty = (z if p == 1 else (z + eps) ** p - eps ** p).sum(1).mean()
     return mse + l1 * penalty, dict(mse=mse, penalty=penalty), z
 
 def dense_loss(sae, x, state, args):
     """`loss`, with the arguments and results of sparse_loss: for --dense."""
     p = 1 if state["p"] is None else state["p"]
-    total, terms, z = loss(sae, x, state["weight"], p)
+    total, terms, z = loss(sae, x, state["weight"], p, EPS * x.shape[1] ** 0.5)
     terms.update(l1=state["weight"], l0=(z > 0).sum() / len(x),
                  penalty_next=sum_of_powers(z.detach(), state["p_next"], x))
     return total, dict(loss=total, **terms), (z > 1e-3).float().sum(0)

@@ -14,6 +14,7 @@ Autoencoders', arXiv 2506.14002; --groups 1 is the paper's Bias Adaptation.
         b_enc <- min(b_enc + gamma_up * r_mean, 0)        where q < 1e-6 (dead: silent throughout)
   r_mean is of those latents of the group that fired. p is a ceiling: a latent that fires less often
   is left alone until it is dead; then the second line is all that revives it.
+    --untied   y = (x - b_dec) @ W_enc + b_enc, where W_enc starts at W.T and is trained by itself
 
 Departures from the paper; we read its project page with the algorithms, notes by others and
 reviews, neither the paper itself nor its code (docs/gba.md has the reasons and the smaller ones):
@@ -21,7 +22,7 @@ reviews, neither the paper itself nor its code (docs/gba.md has the reasons and 
     reviewer, too, says that a minimum is meant. JumpReLU's form is inferred.
   - x is centred and scaled by one number; theirs, as we read it, has norm 1. So their floor of -1
     for b_enc is left out. While b_dec is fixed, no step down goes below -max|x - b_dec| anyway.
-  - b_dec stays at the mean of the data; there it is trained (--train-b-dec).
+  - b_dec stays at the mean of the data; there it is trained (--train-b-dec). --untied is ours.
   - --bias-every and the gammas depend on the run's length. Squares are not halved. Adam has no
     weight decay; rate and clipping are those of topk_sae.py. W starts at random directions.
 
@@ -77,20 +78,24 @@ def parse_args(argv=None):
                                                       "default: the same; 0: nothing revives")
     add("--relu", action="store_true", help="ReLU in place of JumpReLU")
     add("--train-b-dec", action="store_true", help="by gradient; default: it stays at the mean")
+    add("--untied", action="store_true", help="a W_enc of its own; default: W_dec.T")
     return parser.parse_args(argv)
 
 # --- model ----------------------------------------------------------------------------------------
 
 class GBASAE(nn.Module):
-    """W_dec [F, D], whose unit rows the encoder shares; scales a [F]; b_enc [F] <= 0, moved by
-    adapt, never by a gradient; b_dec [D]. Where a < 0, z = |a| phi and the row decodes as -row."""
+    """W_dec [F, D], whose unit rows the encoder shares, if it is tied, else W_enc [D, F]; scales
+    a [F]; b_enc [F] <= 0, moved by adapt, never by a gradient; b_dec [D]. Where a < 0, z = |a| phi
+    and the row decodes as -row."""
     unit_norm = True                                          # train_step keeps rows of W_dec so
 
-    def __init__(self, d_in, d_sae, relu=False, train_b_dec=False):
+    def __init__(self, d_in, d_sae, relu=False, train_b_dec=False, untied=False):
         super().__init__()
-        self.relu = relu
+        self.relu, self.untied = relu, untied
         W = nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(W)                          # (F, D)
+        if untied:
+            self.W_enc = nn.Parameter(W.clone().T)            # (D, F), see runs.rows
         self.a = nn.Parameter(torch.ones(d_sae))
         self.b_enc = nn.Buffer(torch.zeros(d_sae))
         b_dec = torch.zeros(d_in)
@@ -100,8 +105,11 @@ class GBASAE(nn.Module):
         """phi of pre-activations y with biases b, both [B, F], or entries of such."""
         return y.relu() if self.relu else y.relu() - b.to(y) * (y > 0)
 
+    def encoder(self):
+        return self.W_enc if self.untied else self.W_dec.T                           # (D, F)
+
     def pre_acts(self, x):
-        return nn.functional.linear(x - self.b_dec, self.W_dec, self.b_enc)          # (B, F)
+        return nn.functional.linear(x - self.b_dec, self.encoder().T, self.b_enc)    # (B, F)
 
     def encode(self, x):
         return self.a.abs() * self.phi(self.pre_acts(x), self.b_enc)                 # (B, F)
@@ -115,7 +123,7 @@ class GBASAE(nn.Module):
     def tensors(self):
         """Untied and with a in the encoder, as other tools read it: pre = (x - b_dec) @ W_enc +
         b_enc, z = relu(pre), where pre > threshold if there is one."""
-        t = dict(W_enc=(self.a.abs()[:, None] * self.W_dec).T, b_enc=self.a.abs() * self.b_enc,
+        t = dict(W_enc=self.a.abs() * self.encoder(), b_enc=self.a.abs() * self.b_enc,
                  W_dec=self.a.sign()[:, None] * self.W_dec, b_dec=self.b_dec)
         if not self.relu:
             t.update(threshold=-t["b_enc"], b_enc=torch.zeros_like(self.b_enc))
@@ -139,8 +147,8 @@ def dense_loss(sae, x, state, args):
 def sparse_loss(sae, x, state, args):
     """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
     loss of a batch x [B, D], its terms, and how often each latent fired [F]."""
-    y, active = sparse.encode(                                # (x - b_dec) @ W_dec.T + b_enc
-        x, sae.W_dec.T, sae.b_enc, sae.b_dec, state["sparse"], state["room"])
+    y, active = sparse.encode(                                # (x - b_dec) @ encoder + b_enc
+        x, sae.encoder(), sae.b_enc, sae.b_dec, state["sparse"], state["room"])
     a, b_enc = active.lookup(sae.a), active.lookup(sae.b_enc)     # as (n,), or (B, F) by expansion
     signed = a.to(y) * sae.phi(y, b_enc)                      # entries of encode(x) * a.sign()
     x_hat = active.decode(signed, sae.W_dec) + sae.b_dec      # decode(encode(x)): (B, D)
@@ -288,7 +296,8 @@ def train(args):
     rule_defaults(args)
     if args.bias_every > args.steps:
         runs.fail(f"--bias-every {args.bias_every}: more than the {args.steps} steps of --tokens")
-    sae, variant = GBASAE(D, args.d_sae, args.relu, args.train_b_dec).to(device), "gba"
+    sae, variant = GBASAE(D, args.d_sae, args.relu, args.train_b_dec, args.untied), "gba"
+    sae.to(device)
     # [shared: loop]
     opt, state = runs.adam(sae, args.lr, BETAS), init_state(args, device)
     loss_fn = dense_loss if args.dense else sparse_loss
@@ -311,10 +320,12 @@ def train(args):
 def load(path):
     """The SAE of a run directory; it takes raw activations."""
     cfg, t = runs.load_sae(path)
-    sae = GBASAE(cfg["d_in"], cfg["d_sae"], relu="threshold" not in t)
-    a = (t["W_enc"].T * t["W_dec"]).sum(1)
+    untied = cfg["metadata"]["flags"].get("untied", False)
+    sae = GBASAE(cfg["d_in"], cfg["d_sae"], relu="threshold" not in t, untied=untied)
+    a = torch.ones_like(t["b_enc"]) if untied else (t["W_enc"].T * t["W_dec"]).sum(1)
     sae.load_state_dict(dict(a=a, W_dec=a.sign()[:, None] * t["W_dec"], b_dec=t["b_dec"],
-                             b_enc=(t["b_enc"] - t.get("threshold", 0)) / a.abs().clamp_min(1e-30)))
+                             b_enc=(t["b_enc"] - t.get("threshold", 0)) / a.abs().clamp_min(1e-30),
+                             **({"W_enc": t["W_enc"]} if untied else {})))
     return sae
 
 if __name__ == "__main__":

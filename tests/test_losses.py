@@ -119,10 +119,11 @@ def test_ordered_losses_agree(prefix_law, full_share, k, dead, silent):
 
 @each_emptiness
 @each_form
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 @pytest.mark.parametrize("train_b_dec", [False, True], ids=["", "b_dec"])
 @pytest.mark.parametrize("relu", [False, True], ids=["jumprelu", "relu"])
-def test_gba_losses_agree(relu, train_b_dec, form, silent):
-    sae, x = case(gba_sae.GBASAE, relu, train_b_dec, silent=silent)
+def test_gba_losses_agree(relu, train_b_dec, untied, form, silent):
+    sae, x = case(gba_sae.GBASAE, relu, train_b_dec, untied, silent=silent)
     with torch.no_grad():
         sae.a[3] = -0.5
     args = gba_sae.parse_args(["--d-sae", str(N)])

@@ -14,7 +14,8 @@ F is 8 D and 128 k, so what the step holds of [B, D] and of active entries count
 B = 4 D and B = 8 D; the last column says what is missing from the formula, or too much in it, at B = 2 D, as a
 share of all the memory that the run needs there.
 
-'trained': k latents fire per token. 'dense': the random start, where half of them fire. Both as in speed.py.
+'trained': k latents fire per token. 'dense': the random start, where half of them fire, in 8 blocks of tokens, as
+train_step has them where B is at least 4096 and B F at least 2^26. Both as in speed.py.
 p < 1: the last phase of --p-end 0.2. '5 % dead': of the latents, which puts AuxK to work. Ordered holds the
 prefixes in pieces of 8 F D bytes here; it takes larger ones, 64 MB on a CPU and 1 GB on a GPU, if that is more.
 """
@@ -59,6 +60,8 @@ def measure(variant, B, bf16, planted=None, flags=(), dead=0):
     del features
     sae.i = 90_000                                 # of 100,000: nothing is annealed any more
     sae.step(x)
+    if planted is False:
+        sae.state["blocks"] = 8                    # until the next check
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory("VmRSS")
     sae.step(x)

@@ -24,7 +24,7 @@ reviews, neither the paper itself nor its code (docs/gba.md has the reasons and 
     for b_enc is left out. While b_dec is fixed, no step down goes below -max|x - b_dec| anyway.
   - b_dec stays at the mean of the data; there it is trained (--train-b-dec). --untied is ours.
   - --bias-every and the gammas depend on the run's length. Squares are not halved. Adam has no
-    weight decay; rate and clipping are those of topk_sae.py. W starts at random directions.
+    weight decay; rate and step are those of topk_sae.py. W starts at random directions.
 
     python gba_sae.py --layer 6                                      # a language model, 2 CPU cores
     python gba_sae.py --model toy --toy gba --groups 1 --high 0.03 --d-sae 512 --batch-size 512

@@ -21,7 +21,7 @@ the code (docs/matryoshka.md has the reasons and the smaller ones):
   - --widths default to the shares of the paper's main run. --random-widths draws the inner ones by
     Nabeshima's law (matryoshka-saes, 2024), without the L1 penalty and the sorting there.
   - The threshold is the exact quantile of held-out tokens, not a running mean of batch minima.
-  - k may be annealed. Scaling, aux, initialisation, rate and clipping are those of topk_sae.py.
+  - k may be annealed. Scaling, aux, initialisation, rate and step are those of topk_sae.py.
 
     python matryoshka_sae.py --layer 6                               # a language model, 2 CPU cores
     python matryoshka_sae.py --model toy --toy tree-24 --k 2 --d-sae 24 --widths 3 6 12 24

@@ -18,8 +18,8 @@ ones, and a critique of the paper's theorem):
     section 2.6 has k for F. It gives p in numbers for one toy alone, Zipf; ours is --prefix-law.
   - k falls from 8 k to k over a fifth of the run; in the paper from F, over a time not given.
   - --sweep freezes W_enc, b_enc and W_dec latent after latent, evenly to the end; in the paper one
-    every T epochs. Frozen latents still count when gradients are clipped.
-  - AuxK, scaling, initialisation, rate and clipping are those of topk_sae.py.
+    every T epochs. Frozen latents still count in the norm of gradients.
+  - AuxK, scaling, initialisation, rate and step are those of topk_sae.py.
 
     python ordered_sae.py --layer 6                                  # a language model, 2 CPU cores
     python ordered_sae.py --model toy --toy zipf --k 5 --d-sae 100   # data with known features

@@ -333,6 +333,19 @@ script.train(script.parse_args())
         a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True)["state"] for name in ("one", "two"))
         assert float(a["per_token"]) == pytest.approx(float(b["per_token"]), rel=1e-5)
 
+@each_variant
+def test_gradients_have_norm_1(variant, tmp_path, monkeypatch):
+    """As Adam sees them: after the first step its first moments are (1 - beta1) of a gradient."""
+    real, norms = script(variant).train_step, []
+    def step(sae, opt, *rest):
+        terms = real(sae, opt, *rest)
+        moments = [state["exp_avg"] for state in opt.state.values()]
+        norms.append(torch.nn.utils.get_total_norm(moments).item() / (1 - script(variant).BETAS[0]))
+        return terms
+    monkeypatch.setattr(script(variant), "train_step", step)
+    toy_run(variant, tmp_path / "run", "--tokens", 64 * 3)
+    assert norms[0] == pytest.approx(1, rel=1e-4)
+
 @pytest.mark.parametrize("variant, fault", [(v, fault) for v in VARIANTS for fault in ("nan", "inf", "room")
                                             if fault != "room" or v not in TOPK])
 def test_a_step_that_is_left_out_changes_nothing(variant, fault, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ Adam divides the mean of a gradient by sqrt(v) + eps, v its mean square. Our gra
 weights, so those of a latent that hardly ever fires are tiny; where sqrt(v) is not far above eps, it learns
 too slowly. The data: 16 features of 65,536 in each sample, drawn by Zipf's law (the last one in 2 of 100,000
 samples), strengths uniform in [.5, 1.5], in 256 dimensions. topk_sae.py learns them with F = 65,536, k = 16
-and its defaults, 600 steps of 1024 fresh samples, with our eps, 1e-8, and with one of 1e-15.
+and its defaults, but no AuxK (which could revive what had stalled), 500 steps of 1024 fresh samples, with our eps,
+1e-8, and with one of 1e-15.
 
 By rank of the features: mean cosine with the latent that is nearest. Of the latents: sqrt(v) at the end,
 corrected for Adam's start, as the root mean square over a row of W_enc; those that fired at all.
@@ -23,7 +24,7 @@ from torch.nn.functional import embedding_bag, normalize
 import runs, topk_sae
 from speed import machine
 
-N, D, ACTIVE, STEPS, BATCH = 65536, 256, 16, 600, 1024
+N, D, ACTIVE, STEPS, BATCH = 65536, 256, 16, 500, 1024
 RANKS = 0, 64, 512, 4096, 16384, N
 
 def sample(n, features, generator):
@@ -43,6 +44,7 @@ def learn(path, eps, seed, tmp):
     try:
         topk_sae.train(topk_sae.parse_args(
             f"--activations {path} --d-sae {N} --k {ACTIVE} --tokens {STEPS * BATCH} --batch-size {BATCH} --seed {seed} "
+            "--auxk-alpha 0 "
             f"--out {tmp}/{eps}".split()))
     finally:
         runs.adam = adam

@@ -67,6 +67,8 @@ ENTRIES = [
     recovery("recovery-gated", "--variant gated", 35),
     Entry("order", ["python benchmarks/order.py --out benchmarks/results/order.md"], ["order.md"], 60, cores=2),
     Entry("bias", ["python benchmarks/bias.py --out benchmarks/results/bias.md"], ["bias.md"], 150, cores=2),
+    Entry("launches", ["python benchmarks/launches.py --out benchmarks/results/launches.md"], ["launches.md"], 2),
+    Entry("rare", ["python benchmarks/rare.py --out benchmarks/results/rare.md"], ["rare.md"], 25),
     Entry("memory", ["python benchmarks/memory.py --out benchmarks/results/memory.md"], ["memory.md"], 20),
     Entry("time-to-fvu", ["python benchmarks/time_to_fvu.py --runs runs/all/time-to-fvu/runs.jsonl "
                           "--out benchmarks/results/time-to-fvu.md"], ["time-to-fvu.md"], 200, peers=True, alone=True),

@@ -79,8 +79,7 @@ GBA_START = {"0": [], "at its target": replace("gba", ("loss_fn = dense_loss if"
              "state['target'])[state['group']]); loss_fn = dense_loss if"))}
 
 # Ways to revive latents of the gated SAE
-AFTER = '    new = dict(l1=l1, last_l0=l0, per_token=terms.get("gate_l0", terms["l0"]))'
-BOTH = "total = (mse + state[\"weight\"] * penalty + aux) * active.complete"
+AFTER = "    for name, new in dict(l1=l1, last_l0=l0).items():"
 RISE = {f"bias of the dead + {c:g} lr a step": replace("gated", (AFTER, f"    sae.b_gate.data[state['dead']] += {c} * lr_at(step, args)\n"
         + AFTER)) for c in (1, 10)}
 AUXK = """    rows = state["dead"]
@@ -96,22 +95,19 @@ REVIVE = {"nothing": [], **RISE, "AuxK": replace("gated", (PENALTY, AUXK + PENAL
           "unfrozen W_dec": replace("gated", ("active.decode(opened, sae.W_dec.detach())", "active.decode(opened, sae.W_dec)"))}
 
 # Weights of encoder and decoder, tied or not, with a scale a for each latent where they are tied
-GBA_TIES = {"tied": [], "untied": replace(
-    "gba", ("self.a = nn.Parameter(torch.ones(d_sae))", "self.a, self.W_enc = nn.Parameter(torch.ones(d_sae)), nn.Parameter(W.T.clone())"),
-    ("linear(x - self.b_dec, self.W_dec, self.b_enc)", "linear(x - self.b_dec, self.W_enc.T, self.b_enc)"),
-    ("x, sae.W_dec.T, sae.b_enc", "x, sae.W_enc, sae.b_enc"),
-    ("W_enc=(self.a.abs()[:, None] * self.W_dec).T", "W_enc=self.a.abs() * self.W_enc"))}
+GBA_TIES = {"tied": [], "untied": []}
 TOPK_TIES = {"untied": [], "tied": replace(
     "topk", ("self.W_enc = nn.Parameter(W.T * min(1, 2 * d_in / d_sae))", "self.a = nn.Parameter(torch.ones(d_sae))"),
     ("    def pre_acts(self", "    @property\n    def W_enc(self):\n        return self.W_dec.T\n\n    def pre_acts(self"),
     ("return z @ self.W_dec + self.b_dec", "return (z * self.a) @ self.W_dec + self.b_dec"),
-    ("active.decode(z, sae.W_dec)", "active.decode(z * active.lookup(sae.a), sae.W_dec)"))}
+    ("active.decode(z, W_dec)", "active.decode(z * active.lookup(sae.a), W_dec)"))}
 GBA_HIGH = {"smollm2": {16: 0.018, 32: 0.04, 64: 0.088}, "othello": {16: 0.09, 32: 0.182, 64: 0.33}}
 
 def ties():
     for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,))):
         for where, data in (("smollm2", smollm2), ("othello", othello)):
-            yield Task(f"{where}, GBA, L0 {l0}", data("gba", f"--high {GBA_HIGH[where][l0]}"), GBA_TIES, seeds=seeds)
+            yield Task(f"{where}, GBA, L0 {l0}", data("gba", f"--high {GBA_HIGH[where][l0]}"), GBA_TIES,
+                       flags={"untied": "--untied"}, seeds=seeds)
             yield Task(f"{where}, TopK, L0 {l0}", data("topk", f"--k {l0}"), TOPK_TIES, seeds=seeds)
 
 NARROW = "--widths 512 1536 3584 4608"

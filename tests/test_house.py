@@ -102,6 +102,14 @@ def test_nothing_of_ours_can_be_installed():
     text = (ROOT / "pyproject.toml").read_text()
     assert "\npy-modules = []\n" in text and "\npackages = []\n" in text
 
+def test_decisions_change_lines_that_are_there():
+    """Each alternative of benchmarks/decisions.py is a change of text that stands once in a file."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    decisions = importlib.import_module("decisions")
+    changes = [change for tasks in decisions.POINTS.values() for task in tasks for alternative in task.changes.values()
+               for change in alternative]
+    assert len(changes) > 20 and all((ROOT / name).read_text().count(old) == 1 for name, old, _ in changes)
+
 # --- spans, sizes, docstrings ---------------------------------------------------------------------
 
 def test_shared_spans_are_identical():

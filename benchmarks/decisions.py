@@ -80,8 +80,22 @@ GBA_START = {"0": [], "at its target": replace("gba", ("loss_fn = dense_loss if"
 
 # Ways to revive latents of the gated SAE
 AFTER = "    for name, new in dict(l1=l1, last_l0=l0).items():"
-RISE = {f"bias of the dead + {c:g} lr a step": replace("gated", (AFTER, f"    sae.b_gate.data[state['dead']] += {c} * lr_at(step, args)\n"
-        + AFTER)) for c in (1, 10)}
+RISE = f"    sae.b_gate.data[state['dead']] += 10 * lr_at(step, args)\n"
+RESAMPLE = """    if (step + 1) % (args.steps // 20) == 0 and step < args.steps / 2 and len(state["dead"]):
+        with torch.no_grad():                                  # Bricken et al. 2023
+            dead, error = state["dead"], (x - sae(x)).pow(2).sum(1)
+            pick = torch.multinomial(error ** 2, len(dead), True, generator=torch.Generator().manual_seed(step))
+            rows = nn.functional.normalize((x - sae.b_dec)[pick], dim=1)
+            alive = torch.ones(args.d_sae, dtype=bool).index_fill(0, dead, False)
+            sae.W_dec[dead] = rows
+            sae.W_enc.T[dead] = 0.2 * sae.W_enc.T[alive].norm(dim=1).mean() * rows
+            for p, view in zip(sae.parameters(), opt.param_groups[0]["params"]):
+                for name in ("exp_avg", "exp_avg_sq") if p is not sae.b_dec else ():
+                    opt.state[view][name][dead] = 0
+                if p.shape == (args.d_sae,):
+                    p[dead] = 0
+            state["tokens_since_fired"][dead], state["dead"] = 0, dead[:0]
+"""
 AUXK = """    rows = state["dead"]
     if len(rows):
         e = (x - x_hat).detach()
@@ -91,7 +105,9 @@ AUXK = """    rows = state["dead"]
         aux = aux + x.shape[1] / 32 * (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum().clamp_min(1e-8 * len(e))
 """
 PENALTY = "    penalty = sum_of_powers(opened, state[\"p\"], x)\n"
-REVIVE = {"nothing": [], **RISE, "AuxK": replace("gated", (PENALTY, AUXK + PENALTY)),
+REVIVE = {"nothing": [], "bias of the dead + 10 lr a step": replace("gated", (AFTER, RISE + AFTER)),
+          "resampling": replace("gated", (AFTER, RESAMPLE + AFTER)),
+          "AuxK": replace("gated", (PENALTY, AUXK + PENALTY)),
           "unfrozen W_dec": replace("gated", ("active.decode(opened, sae.W_dec.detach())", "active.decode(opened, sae.W_dec)"))}
 
 # Weights of encoder and decoder, tied or not, with a scale a for each latent where they are tied

@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--out", type=Path, help="also write the table there")
     args = parser.parse_args()
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(10 ** 6 + args.seed)    # not the numbers that W_dec starts from
     features = normalize(torch.randn(N, D, generator=generator), dim=1)
     head = " | ".join(f"{a + 1:,} to {b:,}" for a, b in zip(RANKS, RANKS[1:]))
     lines = [f"{machine()}; seed {args.seed}", "", f"| eps | FVU | dead | sqrt(v) of latents: least, 1 %, median | {head} |",

@@ -122,10 +122,12 @@ def sparse_loss(sae, x, state, args):
     loss of a batch x [B, D], its terms, and how often each latent fired, z > 1e-3: [F]."""
     gate, active = sparse.encode(                             # (x - b_dec) @ W_enc + b_gate
         x, sae.W_enc, sae.b_gate.detach(), sae.b_dec, state["sparse"], state["room"])
-    b_gate, scale, b_mag = (                                  # each as (n,), or (B, F) by expansion
-        active.lookup(v).to(gate.dtype) for v in (sae.b_gate, sae.r_mag.exp(), sae.b_mag))
-    s = gate - b_gate.detach()
-    z, opened = (gate > 0) * (scale * s + b_mag).relu(), (s + b_gate).relu()
+    b_gate = sae.b_gate.detach()
+    zero = sae.b_gate - b_gate                                # carries the gradient of b_gate
+    b_gate, zero, scale, b_mag = (                            # each as (n,), or (B, F) by expansion
+        active.lookup(v).to(gate.dtype) for v in (b_gate, zero, sae.r_mag.exp(), sae.b_mag))
+    mag = scale * (gate - b_gate) + b_mag
+    z, opened = (gate > 0) * mag.relu(), (gate + zero).relu()   # entries of Z: (n,), or all: (B, F)
     x_hat = active.decode(z, sae.W_dec) + sae.b_dec           # Z @ W_dec + b_dec: (B, D)
     aux_hat = active.decode(opened, sae.W_dec.detach()) + sae.b_dec.detach()           # (B, D)
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
@@ -192,7 +194,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
         most = min(8, len(x) // 512, len(x) * args.d_sae >> 23)      # blocks of 512 tokens or more
-        state["blocks"] = 1 if state["sparse"] else max(1, most)
+        state["blocks"] = 1 if state["sparse"] and not args.dense else max(1, most)
     # [/shared: form]
     # [shared: before]
     p_now, p_next = p_at(step, args), p_at(step + 1, args)
@@ -210,9 +212,10 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         # Fused Adam reads two private attributes of GradScaler: it divides gradients by grad_scale,
         # here their norm, and changes nothing where found_inf is 1.
-        opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
+        norm = nn.utils.get_total_norm([view.grad for view in views])
+        opt.grad_scale = norm.clamp_min(1e-30)
         bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
-        opt.bad = runs.all_reduce(bad, "max")                      # 1: no gradient, 2: nan or inf
+        opt.bad = runs.all_reduce(bad, "max")                      # 1: had no room, 2: nan or inf
         opt.found_inf = opt.bad.clamp(max=1)
         opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()

@@ -21,7 +21,7 @@ reviews, neither the paper itself nor its code (docs/gba.md has the reasons and 
   - As printed, the second line ends in a maximum: a dead latent would jump to 0 or above. A
     reviewer, too, says that a minimum is meant. JumpReLU's form is inferred.
   - x is centred and scaled by one number; theirs, as we read it, has norm 1. So their floor of -1
-    for b_enc is left out. While b_dec is fixed, no step down goes below -max|x - b_dec| anyway.
+    for b_enc is left out. While b_dec is fixed and W tied, no step down passes -max|x - b_dec|.
   - b_dec stays at the mean of the data; there it is trained (--train-b-dec). --untied is ours.
   - --bias-every and the gammas depend on the run's length. Squares are not halved. Adam has no
     weight decay; rate and step are those of topk_sae.py. W starts at random directions.
@@ -142,7 +142,7 @@ def dense_loss(sae, x, state, args):
     with torch.no_grad():
         y = sae.pre_acts(x)
         count, peak = (y > 0).float().sum(0), y.amax(0).relu()
-    return total, dict(loss=total, mse=total, l0=count.sum() / len(x), peak=peak), count
+    return total, dict(loss=total, mse=total, l0=count.sum() / len(x), max_y=peak), count
 
 def sparse_loss(sae, x, state, args):
     """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
@@ -155,8 +155,8 @@ def sparse_loss(sae, x, state, args):
     mse = nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
     count = active.t_sum((y > 0).float())                     # (Y > 0).sum(0): (F,)
     total = mse * active.complete                             # 0 where room was short
-    terms = dict(loss=total, mse=mse, l0=count.sum() / len(x), peak=active.t_max(y.detach()))
-    return total, terms, count                                # peak: Y.amax(0), or 0: (F,)
+    terms = dict(loss=total, mse=mse, l0=count.sum() / len(x), max_y=active.t_max(y.detach()))
+    return total, terms, count                                # max_y: Y.amax(0), or 0: (F,)
 
 # --- bias adaptation ------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
         most = min(8, len(x) // 512, len(x) * args.d_sae >> 23)      # blocks of 512 tokens or more
-        state["blocks"] = 1 if state["sparse"] else max(1, most)
+        state["blocks"] = 1 if state["sparse"] and not args.dense else max(1, most)
     # [/shared: form]
     # [shared: step]
     total, terms, fired = sparse.backward(loss_fn, sae, x, state, args)
@@ -253,9 +253,10 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         # Fused Adam reads two private attributes of GradScaler: it divides gradients by grad_scale,
         # here their norm, and changes nothing where found_inf is 1.
-        opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
+        norm = nn.utils.get_total_norm([view.grad for view in views])
+        opt.grad_scale = norm.clamp_min(1e-30)
         bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
-        opt.bad = runs.all_reduce(bad, "max")                      # 1: no gradient, 2: nan or inf
+        opt.bad = runs.all_reduce(bad, "max")                      # 1: had no room, 2: nan or inf
         opt.found_inf = opt.bad.clamp(max=1)
         opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()
@@ -270,7 +271,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
     # From here on `fired` counts the global batch, since the step above has summed it in place. All
     # statistics are of the forward pass above, before Adam's step.
     with torch.no_grad():
-        active, peak = fired.sum() / args.batch_size, runs.all_reduce(terms.pop("peak"), "max")
+        active, peak = fired.sum() / args.batch_size, runs.all_reduce(terms.pop("max_y"), "max")
         state["per_token"] = torch.where(opt.bad < 2, active, state["per_token"])
         track(sae, fired, peak, made, state, step, args)
         group_sum = torch.zeros_like(state["target"]).index_add_(0, state["group"], fired)

@@ -163,7 +163,7 @@ def setup(args):
 def float32_matmul(cpuinfo, amx):
     """On CPUs: 'medium' is oneDNN's float32, 'high' torch's default, MKL's. oneDNN's is faster on
     AMD (benchmarks/speed.py, fp32-onednn), MKL's on Intel without bf16; with AMX 'medium' would
-    mean bf16. By vendor, not by timing: a run and its resume must take the same."""
+    mean bf16. By vendor, not by timing: on one machine a run and its resume take the same."""
     old_intel = "GenuineIntel" in cpuinfo and "avx512_bf16" not in cpuinfo
     return "high" if amx or old_intel else "medium"
 
@@ -217,7 +217,13 @@ def adam(sae, lr, betas):
     """Fused Adam on views of the parameters, since it would copy, in and out, what is not
     contiguous. A view shares its memory with the parameter, so a step moves the parameter itself;
     gradients must be handed to the views."""
-    return torch.optim.Adam([rows(p.data) for p in sae.parameters()], lr, betas, fused=True)
+    opt = torch.optim.Adam([rows(p.data) for p in sae.parameters()], lr, betas, fused=True)
+    if sae.W_dec.device.type == "mps":          # its kernel does not divide by grad_scale (as read)
+        def divide(opt, *rest):
+            torch._foreach_div_([p.grad for p in opt.param_groups[0]["params"]], opt.grad_scale)
+            opt.grad_scale = torch.ones_like(opt.grad_scale)
+        opt.register_step_pre_hook(divide)
+    return opt
 
 # --- a run while it trains ------------------------------------------------------------------------
 
@@ -325,6 +331,7 @@ class Run:
         return self
 
     def __exit__(self, *error):
+        Run.lock = Run.lock if error[0] is None else None      # else save_sae gives it back
         return self.exit.__exit__(*error)
 
     def end_step(self, step, x, terms, lr):
@@ -405,6 +412,7 @@ class Run:
         print(f"held out ({metrics['heldout_tokens']:,} tokens): l0 {metrics['l0']:.2f} | fvu "
               f"{metrics['fvu']:.4f} | dead {metrics['dead']:.2%} | {seconds:.0f} s in this "
               f"session\nrun directory: {args.out}", flush=True)
+        Run.lock = None
 
 # --- the SAE of a run -----------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ class Decode(torch.autograd.Function):
 
 class Rows(torch.autograd.Function):
     """W and W[rows], for W [F, D]; the rows differ. The gradient of W[rows] is added to that of W
-    in place: autograd alone would make another [F, D] of it."""
+    in place, as autograd would make another [F, D] of it; so that must be a tensor of its own."""
     @staticmethod
     def forward(ctx, W, rows):
         ctx.rows = rows
@@ -195,23 +195,6 @@ def encode_fixed(x, W_enc, bias, b_dec, room):
         active.complete = on.sum() <= room
     return Encode.apply(vals, active, x, W_enc, bias, b_dec), active
 
-def backward(loss_fn, sae, x, state, args):
-    """loss_fn(sae, x, state, args), and the gradients of the loss, its first result; in as many
-    blocks of tokens as state["blocks"] says, one after another, since all of [B, F], several times
-    over, may not fit into memory. Terms are means over tokens, but "peak", which is a maximum."""
-    totals, terms, counts = [], [], []
-    for part in x.chunk(state.get("blocks", 1)):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-            total, term, fired = loss_fn(sae, part, state, args)
-        share = len(part) / len(x)
-        (total * share).backward()
-        totals.append(total.detach() * share)
-        terms.append({n: t.detach() * (1 if n == "peak" else share) for n, t in term.items()})
-        counts.append(fired)
-    join = lambda n: torch.stack([t[n] for t in terms])
-    terms = {n: join(n).amax(0) if n == "peak" else join(n).sum(0) for n in terms[0]}
-    return sum(totals), terms, sum(counts)
-
 # --- nested dictionaries: Matryoshka, Ordered -----------------------------------------------------
 
 class Nested(torch.autograd.Function):
@@ -250,3 +233,21 @@ class Nested(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return *(-2 * grad * known for known in ctx.saved_tensors), None, None, None
+
+# --- a batch in blocks: every script --------------------------------------------------------------
+
+def backward(loss_fn, sae, x, state, args):
+    """loss_fn(sae, x, state, args), and the gradients of the loss, its first result; in as many
+    blocks of tokens as state["blocks"] says, one after another, since all of [B, F], several times
+    over, may not fit into memory. Terms are means over tokens, those named max_... maxima."""
+    results = []
+    for part in x.chunk(state.get("blocks", 1)):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+            total, terms, fired = loss_fn(sae, part, state, args)
+        share = len(part) / len(x)
+        (total * share).backward()
+        results.append((share, total.detach(), {n: t.detach() for n, t in terms.items()}, fired))
+    shares, totals, terms, counts = zip(*results)
+    mean = lambda values: sum(share * value for share, value in zip(shares, values))
+    join = lambda name, values: torch.stack(values).amax(0) if name[:4] == "max_" else mean(values)
+    return mean(totals), {n: join(n, [t[n] for t in terms]) for n in terms[0]}, sum(counts)

@@ -188,9 +188,10 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         # Fused Adam reads two private attributes of GradScaler: it divides gradients by grad_scale,
         # here their norm, and changes nothing where found_inf is 1.
-        opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
+        norm = nn.utils.get_total_norm([view.grad for view in views])
+        opt.grad_scale = norm.clamp_min(1e-30)
         bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
-        opt.bad = runs.all_reduce(bad, "max")                      # 1: no gradient, 2: nan or inf
+        opt.bad = runs.all_reduce(bad, "max")                      # 1: had no room, 2: nan or inf
         opt.found_inf = opt.bad.clamp(max=1)
         opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()

@@ -194,7 +194,7 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
         state["sparse"] = active < args.d_sae / 20                 # about where it gets faster
         state["room"] = int((1.5 * active + 1) * len(x)) if state["sparse"] and x.is_cuda else 0
         most = min(8, len(x) // 512, len(x) * args.d_sae >> 23)      # blocks of 512 tokens or more
-        state["blocks"] = 1 if state["sparse"] else max(1, most)
+        state["blocks"] = 1 if state["sparse"] and not args.dense else max(1, most)
     # [/shared: form]
     # [shared: before]
     p_now, p_next = p_at(step, args), p_at(step + 1, args)
@@ -212,9 +212,10 @@ def train_step(sae, opt, x, state, step, args, loss_fn=sparse_loss):
             W.grad.addcmul_(torch.linalg.vecdot(W.grad, W)[:, None], W, value=-1)
         # Fused Adam reads two private attributes of GradScaler: it divides gradients by grad_scale,
         # here their norm, and changes nothing where found_inf is 1.
-        opt.grad_scale = norm = nn.utils.get_total_norm([view.grad for view in views])
+        norm = nn.utils.get_total_norm([view.grad for view in views])
+        opt.grad_scale = norm.clamp_min(1e-30)
         bad = torch.where((norm + total).isfinite(), (total == 0).float(), 2)
-        opt.bad = runs.all_reduce(bad, "max")                      # 1: no gradient, 2: nan or inf
+        opt.bad = runs.all_reduce(bad, "max")                      # 1: had no room, 2: nan or inf
         opt.found_inf = opt.bad.clamp(max=1)
         opt.param_groups[0]["lr"] = lr_at(step, args)
         opt.step()

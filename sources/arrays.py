@@ -47,11 +47,12 @@ class Shards:
         runs = zip(shards.tolist(), cuts.tolist(), cuts[1:].tolist())
         for i, runs in groupby(runs, itemgetter(0)):
             dtype, offset, by_columns = self.heads[i]
+            columns = np.load(self.paths[i], mmap_mode="r") if by_columns else None
             with open(self.paths[i], "rb", 0) as f:
                 for _, a, b in runs:
                     row = int(rows[a] - self.starts[i])
                     if by_columns:
-                        out[a:b] = np.load(self.paths[i], mmap_mode="r")[row:row + b - a]
+                        out[a:b] = columns[row:row + b - a]
                         continue
                     part = np.empty((b - a, self.d), dtype)
                     f.seek(offset + row * part.strides[0])
@@ -99,7 +100,7 @@ class ArraySource(Source):
     Each epoch permutes the chunks; a buffer of R rows reads many of them, and batches draw from all
     of it. So the disk is read in runs, and still a row meets only (size - 1) B / R others of its
     chunk in a batch. R is max(2^18, 64 B), so this is at most 15 / 64; twice as much where equal
-    buffers in an epoch, or MEMORY, make R smaller by half.
+    buffers in an epoch make R smaller by half, and more where MEMORY does.
     Memory: R D numbers in the dtype of the shards, MEMORY bytes at most, of which each process
     keeps only what it serves; and half a byte for each row of the array, for the permutation.
     """

@@ -56,7 +56,7 @@ def test_loss_and_gradients_equal_an_explicit_loop(relu, train_b_dec, sparse, ro
     for n, q in sae.named_parameters():
         assert torch.allclose(got[n], q.grad, rtol=1e-9, atol=1e-12), n
     assert torch.equal(fired.to(count), count) and terms["l0"] == pytest.approx(count.sum() / 20)
-    assert torch.allclose(terms["peak"].to(peak), peak, rtol=1e-6)
+    assert torch.allclose(terms["max_y"].to(peak), peak, rtol=1e-6)
     assert torch.allclose(sae(x), sae.decode(sae.encode(x)))
     assert torch.allclose(F.mse_loss(sae(x), x, reduction="sum") / 20, expected, rtol=1e-12)
 

@@ -346,6 +346,16 @@ def test_gradients_have_norm_1(variant, tmp_path, monkeypatch):
     toy_run(variant, tmp_path / "run", "--tokens", 64 * 3)
     assert norms[0] == pytest.approx(1, rel=1e-4)
 
+@pytest.mark.parametrize("script_flags", ["gba --toy flat --batch-size 32 --groups 1 --high 0.001 --gamma-down 1 --tokens 4e4",
+                                          "vanilla --tied --l1 50 --toy song --batch-size 64 --tokens 4e4 --l1-warmup 50"])
+def test_a_batch_in_which_nothing_fires(script_flags, tmp_path):
+    """Its gradient is 0 and has no norm to be divided by; the weights stay finite."""
+    name, *flags = script_flags.split()
+    with mock.patch.object(toys, "ROWS", 4096):
+        sae = run(name, "--model", "toy", *flags, "--d-sae", 32, "--out", tmp_path / "run")
+    assert all(p.isfinite().all() for p in sae.parameters())
+    assert json.loads((tmp_path / "run/cfg.json").read_text())["metadata"]["results"]["l0"] < 1
+
 @pytest.mark.parametrize("variant, fault", [(v, fault) for v in VARIANTS for fault in ("nan", "inf", "room")
                                             if fault != "room" or v not in TOPK])
 def test_a_step_that_is_left_out_changes_nothing(variant, fault, tmp_path, monkeypatch):

@@ -120,10 +120,10 @@ def dense_loss(sae, x, state, args):
 def sparse_loss(sae, x, state, args):
     """The value and gradients of `loss` from the active entries alone (see sparse.py). Returns the
     loss of a batch x [B, D], its terms, and how often each latent fired, z > 1e-3: [F]."""
-    gate, active = sparse.encode(                             # (x - b_dec) @ W_enc + b_gate
-        x, sae.W_enc, sae.b_gate.detach(), sae.b_dec, state["sparse"], state["room"])
     b_gate = sae.b_gate.detach()
     zero = sae.b_gate - b_gate                                # carries the gradient of b_gate
+    gate, active = sparse.encode(                             # (x - b_dec) @ W_enc + b_gate
+        x, sae.W_enc, b_gate, sae.b_dec, state["sparse"], state["room"])
     b_gate, zero, scale, b_mag = (                            # each as (n,), or (B, F) by expansion
         active.lookup(v).to(gate.dtype) for v in (b_gate, zero, sae.r_mag.exp(), sae.b_mag))
     mag = scale * (gate - b_gate) + b_mag

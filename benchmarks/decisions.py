@@ -13,7 +13,7 @@ that the script prints, of held-out data; MCC is the mean cosine of true feature
 
 Results are kept in benchmarks/results/decisions.jsonl, a line a run, with its command and changed lines.
 """
-import argparse, contextlib, fcntl, json, os, shutil, subprocess, sys, tempfile, time, zlib
+import argparse, json, os, shutil, subprocess, sys, tempfile, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -200,26 +200,16 @@ def finished():
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {tuple(line["name"]): line["results"] for line in lines}
 
-@contextlib.contextmanager
-def claimed(name, folder):
-    """Yields whether this process may do the run: a lock, so that several can share the work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{zlib.crc32(name.encode())}", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-
 def do(point, task, alternative, option, seed):
     """The results of one run: found, or made and kept; None if another process is at it."""
     name = point, task.name, alternative, option, seed
     if name in finished():
         return finished()[name]
-    with claimed(repr(name), Path(tempfile.gettempdir()) / "decisions") as mine:
-        if not mine or name in finished():
-            return finished().get(name)
+    path = Path(tempfile.gettempdir(), "decisions", str(zlib.crc32(repr(name).encode())))
+    held = runs.lock(path, "TMPDIR", wait=False)              # so that several commands share the work
+    if not held or name in finished():
+        return finished().get(name)
+    with held:
         command = " ".join(f"{task.command} {task.flags.get(alternative, '')} {option}".format(seed=seed).split())
         began, changes = time.time(), task.changes[alternative]
         results = one(command, changes)
@@ -227,8 +217,8 @@ def do(point, task, alternative, option, seed):
                     seconds=round(time.time() - began), machine=machine())
         with open(RESULTS / "decisions.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
-        print(*name, {k: round(v, 4) for k, v in results.items() if k in ("l0", "fvu", "dead", "mcc")}, flush=True)
-        return results
+    print(*name, {k: round(v, 4) for k, v in results.items() if k in ("l0", "fvu", "dead", "mcc")}, flush=True)
+    return results
 
 def chosen(point, task, alternative, get):
     """The best option of an alternative, by the seeds of the choice; None if one is not there yet."""

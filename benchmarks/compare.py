@@ -188,9 +188,11 @@ def method(name):
     return " ".join(PEERS[name][:2]) if name in PEERS else name[len("ours-"):].rsplit("-", 2)[0]
 
 def report(args):
-    """compare.md, compare.png, and the evaluation.json of every run, into RESULTS."""
+    """compare.md, compare.png, and the evaluation.json of every run, into RESULTS. A peer without a run
+    keeps its row: its training step does not depend on our code."""
     found = {n: args.runs / n / "evaluation.json" for n in [*COMMANDS, *PEERS]}
-    rows = {n: json.loads(path.read_text()) | dict(run=n) for n, path in found.items() if path.exists()}
+    kept = {n: RESULTS / f"{n}.json" for n, path in found.items() if n in PEERS and not path.exists()}
+    rows = {n: json.loads(path.read_text()) | dict(run=n) for n, path in (found | kept).items() if path.exists()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name, row in rows.items():
         (RESULTS / f"{name}.json").write_text(json.dumps(row) + "\n")
@@ -208,6 +210,7 @@ def report(args):
                      f"{r['dead']:.2%} | {la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | "
                      f"{la['increase']:.4f} | {la['kl']:.4f} | {r['c_dec']:.4f} |")
     lines += ["", "**Peers, and ours at their L0** (between our three runs of seed 0; logarithms are linear in that of L0)", "",
+              *(["Made earlier, and kept: " + ", ".join(n for n in kept if n in rows) + ".", ""] if kept else []),
               "| | setting | L0 | dead | FVU | ours | cross-entropy recovered | ours | KL | ours |",
               "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name in sorted((n for n in rows if n in PEERS), key=lambda n: (list(METHODS).index(PEERS[n][1]), n)):

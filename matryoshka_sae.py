@@ -38,7 +38,7 @@ import data
 import runs
 import sparse
 
-BETAS = 0.9, 0.99       # of Adam
+BETAS = 0.9, 0.999      # of Adam
 
 # --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
 

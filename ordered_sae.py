@@ -36,7 +36,7 @@ import data
 import runs
 import sparse
 
-BETAS = 0.9, 0.99       # of Adam
+BETAS = 0.9, 0.999      # of Adam
 MEMORY = dict(cpu=2 ** 24, cuda=2 ** 28)      # floats of prefixes held at a time, or 2 F D if more
 DENSE_MOST = 1024       # latents with --dense, which decodes every prefix
 

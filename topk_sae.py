@@ -18,7 +18,7 @@ its text (docs/topk.md has the reasons and the smaller ones):
     token by token. They divide the error by the variance of x, which is about D here: so D * aux.
   - Dead means silent for 1 % of the run's tokens, if that is less than the paper's 10M.
   - W_enc starts at min(1, 2 D / F) W_dec.T, a factor chosen here; theirs is fitted to random x.
-  - Adam's beta2 is 0.99. Rows of W_dec get norm 1 after the step. Weights are not averaged.
+  - Rows of W_dec get norm 1 after the step, not before it. Weights are not averaged.
 
     python topk_sae.py --layer 6                                  # a language model, 2 CPU cores
     python topk_sae.py --model toy --toy song --k 3 --d-sae 32    # data with known features
@@ -35,7 +35,7 @@ import data
 import runs
 import sparse
 
-BETAS = 0.9, 0.99       # of Adam
+BETAS = 0.9, 0.999      # of Adam
 
 # --- arguments ([shared: NAME] blocks are the same text in every script that has them) ------------
 

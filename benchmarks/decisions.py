@@ -128,9 +128,8 @@ def ties():
                        flags={"untied": "--untied"}, seeds=seeds)
             yield Task(f"{where}, TopK, L0 {l0}", data("topk", f"--k {l0}"), TOPK_TIES, seeds=seeds)
 
-def beta2(script, kept):
-    return {value: replace(script, (f"BETAS = 0.9, {kept} ", f"BETAS = 0.9, {value} ")) if value != kept else []
-            for value in ("0.999", "0.99")}
+def beta2(script):
+    return {"0.999": [], "0.99": replace(script, ("BETAS = 0.9, 0.999", "BETAS = 0.9, 0.99"))}
 
 NARROW = "--widths 512 1536 3584 4608"
 
@@ -161,19 +160,19 @@ POINTS = {
         Task("othello", othello("gated", "--target-l0 32"), REVIVE, seeds=(0,))],
     "ties": list(ties()),
     "beta2": [
-        Task("flat, TopK", toy("topk", "flat", 256, "--k 5"), beta2("topk", "0.99"), seeds=(10, 11, 12, 13, 14)),
-        Task("song, TopK", toy("topk", "song", 32, "--k 3"), beta2("topk", "0.99"), seeds=(10, 11, 12, 13, 14)),
-        Task("flat, BatchTopK", toy("matryoshka", "flat", 256, "--k 5 --balance 0"), beta2("matryoshka", "0.99")),
-        Task("flat, Matryoshka", toy("matryoshka", "flat", 256, "--k 5"), beta2("matryoshka", "0.99")),
-        Task("flat, Ordered", toy("ordered", "flat", 256, "--k 5"), beta2("ordered", "0.99")),
-        Task("flat, GBA", toy("gba", "flat", 256, "--groups 1 --high 0.03"), beta2("gba", "0.999")),
-        Task("flat, L1", toy("vanilla", "flat", 256, "--target-l0 13"), beta2("vanilla", "0.999")),
-        Task("flat, gated", toy("gated", "flat", 256, "--target-l0 13"), beta2("gated", "0.999")),
-        *[Task(f"smollm2, {name}", smollm2(script, flags), beta2(script, kept), seeds=(0,)) for name, script, flags, kept in (
-            ("TopK", "topk", "", "0.99"), ("BatchTopK", "matryoshka", "--balance 0", "0.99"),
-            ("Matryoshka", "matryoshka", "", "0.99"), ("L1", "vanilla", "--target-l0 32", "0.999"),
-            ("gated", "gated", "--target-l0 32", "0.999"), ("GBA", "gba", "--high 0.04", "0.999"),
-            ("Ordered", "ordered", "", "0.99"))]],
+        Task("flat, TopK", toy("topk", "flat", 256, "--k 5"), beta2("topk"), seeds=(10, 11, 12, 13, 14)),
+        Task("song, TopK", toy("topk", "song", 32, "--k 3"), beta2("topk"), seeds=(10, 11, 12, 13, 14)),
+        Task("flat, BatchTopK", toy("matryoshka", "flat", 256, "--k 5 --balance 0"), beta2("matryoshka")),
+        Task("flat, Matryoshka", toy("matryoshka", "flat", 256, "--k 5"), beta2("matryoshka")),
+        Task("flat, Ordered", toy("ordered", "flat", 256, "--k 5"), beta2("ordered")),
+        Task("flat, GBA", toy("gba", "flat", 256, "--groups 1 --high 0.03"), beta2("gba")),
+        Task("flat, L1", toy("vanilla", "flat", 256, "--target-l0 13"), beta2("vanilla")),
+        Task("flat, gated", toy("gated", "flat", 256, "--target-l0 13"), beta2("gated")),
+        *[Task(f"smollm2, {name}", smollm2(script, flags), beta2(script), seeds=(0,)) for name, script, flags in (
+            ("TopK", "topk", ""), ("BatchTopK", "matryoshka", "--balance 0"), ("Matryoshka", "matryoshka", ""),
+            ("L1", "vanilla", "--target-l0 32"), ("gated", "gated", "--target-l0 32"), ("GBA", "gba", "--high 0.04"),
+            ("Ordered", "ordered", ""))],
+        *[Task(f"othello, TopK, L0 {k}", othello("topk", f"--k {k}"), beta2("topk"), seeds=(0,)) for k in (16, 32, 64)]],
     "widths": [
         Task("smollm2, 4608", smollm2("matryoshka", ""), {"default": [], NARROW: [], "--balance 0": []},
              flags={NARROW: NARROW, "--balance 0": "--balance 0"}, seeds=(0, 1, 2)),

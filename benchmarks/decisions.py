@@ -122,6 +122,8 @@ GBA_HIGH = {"smollm2": {16: 0.018, 32: 0.04, 64: 0.088}, "othello": {16: 0.09, 3
 def ties():
     yield Task("smollm2, GBA, --high .052", smollm2("gba", ""), {"untied": []}, flags={"untied": "--untied --high 0.052"},
                seeds=(0, 1, 2))
+    yield Task("smollm2, GBA, 8M tokens", smollm2("gba", "--untied --high 0.052", 8_000_000), {"untied": []}, seeds=(0,))
+    yield Task("smollm2, TopK, 8M tokens", smollm2("topk", "", 8_000_000), {"untied": []}, seeds=(0,))
     for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,))):
         for where, data in (("smollm2", smollm2), ("othello", othello)):
             yield Task(f"{where}, GBA, L0 {l0}", data("gba", f"--high {GBA_HIGH[where][l0]}"), GBA_TIES,

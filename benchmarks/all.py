@@ -70,8 +70,9 @@ ENTRIES = [
     Entry("launches", ["python benchmarks/launches.py --out benchmarks/results/launches.md"], ["launches.md"], 2),
     Entry("rare", ["python benchmarks/rare.py --out benchmarks/results/rare.md"], ["rare.md"], 25),
     Entry("memory", ["python benchmarks/memory.py --out benchmarks/results/memory.md"], ["memory.md"], 20),
-    Entry("time-to-fvu", ["python benchmarks/time_to_fvu.py --runs runs/all/time-to-fvu/runs.jsonl "
-                          "--out benchmarks/results/time-to-fvu.md"], ["time-to-fvu.md"], 200, peers=True, alone=True),
+    Entry("time-to-fvu", ["python benchmarks/time_to_fvu.py --runs benchmarks/results/time-to-fvu.jsonl "
+                          "--out benchmarks/results/time-to-fvu.md"], ["time-to-fvu.md", "time-to-fvu.jsonl"], 200,
+          peers=True, alone=True),
     speed("speed", "--turns 2 --steps 4", 28),
     speed("speed-same-allocator", "--turns 2 --steps 4 --same-allocator", 28),
     speed("speed-l1", "--turns 3 --steps 4 --variants vanilla gated --same-allocator", 75),

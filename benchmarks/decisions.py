@@ -274,11 +274,11 @@ def report(args):
         for task in POINTS[point]:
             for alternative in task.changes:
                 option = chosen(point, task, alternative, get)
-                rows = [r for seed in task.seeds if option is not None and (r := get(point, task, alternative, option, seed))
-                        and "failed" not in r]
-                if rows:
+                found = {seed: r for seed in task.seeds if option is not None
+                         and (r := get(point, task, alternative, option, seed)) and "failed" not in r}
+                if rows := list(found.values()):
                     cell = lambda name, form: " ".join(format(r[name], form) for r in rows) if name in rows[0] else ""
-                    lines.append(f"| {task.name} | {alternative} | {option} | {', '.join(map(str, task.seeds))} | "
+                    lines.append(f"| {task.name} | {alternative} | {option} | {', '.join(map(str, found))} | "
                                  f"{cell('mcc', '.3f')} | {cell('fvu', '.4f')} | {cell('l0', '.1f')} | {cell('dead', '.1%')} |")
         lines.append("")
     (RESULTS / "decisions.md").write_text("\n".join(lines))

@@ -178,6 +178,8 @@ def evaluate(args):
 
 def at_l0(rows, l0, value):
     """value of our runs at this L0: between neighbours, its logarithm is linear in that of L0."""
+    if not rows:
+        return float("nan")
     points = sorted((row["l0"], value(row)) for row in rows)
     x, y = np.log([p[0] for p in points]), np.log([p[1] for p in points])
     inside = x[0] - 0.02 <= np.log(l0) <= x[-1] + 0.02
@@ -191,7 +193,7 @@ def report(args):
     """compare.md, compare.png, and the evaluation.json of every run, into RESULTS. A peer without a run
     keeps its row: its training step does not depend on our code."""
     found = {n: args.runs / n / "evaluation.json" for n in [*COMMANDS, *PEERS]}
-    kept = {n: RESULTS / f"{n}.json" for n, path in found.items() if n in PEERS and not path.exists()}
+    kept = {n: path for n in PEERS if not found[n].exists() and (path := RESULTS / f"{n}.json").exists()}
     rows = {n: json.loads(path.read_text()) | dict(run=n) for n, path in (found | kept).items() if path.exists()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name, row in rows.items():
@@ -210,7 +212,7 @@ def report(args):
                      f"{r['dead']:.2%} | {la['recovered_mean']:.4f} \u00b1 {la['recovered_mean_se']:.4f} | "
                      f"{la['increase']:.4f} | {la['kl']:.4f} | {r['c_dec']:.4f} |")
     lines += ["", "**Peers, and ours at their L0** (between our three runs of seed 0; logarithms are linear in that of L0)", "",
-              *(["Made earlier, and kept: " + ", ".join(n for n in kept if n in rows) + ".", ""] if kept else []),
+              *(["Made earlier, and kept: " + ", ".join(kept) + ".", ""] if kept else []),
               "| | setting | L0 | dead | FVU | ours | cross-entropy recovered | ours | KL | ours |",
               "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name in sorted((n for n in rows if n in PEERS), key=lambda n: (list(METHODS).index(PEERS[n][1]), n)):

@@ -156,7 +156,7 @@ POINTS = {
         Task("smollm2, GBA", smollm2("gba", "--high 0.04"), GBA_START, seeds=(0,))],
     "revive": [
         Task("flat", toy("gated", "flat", 256, "--target-l0 13"), REVIVE, seeds=(0, 1, 2, 3, 4)),
-        Task("flat, kept", toy("gated", "flat", 256, "--target-l0 13"), dict(list(REVIVE.items())[:2]),
+        Task("flat, fresh seeds", toy("gated", "flat", 256, "--target-l0 13"), dict(list(REVIVE.items())[:2]),
              seeds=(10, 11, 12, 13, 14)),
         Task("othello, p-annealed", othello("gated", "--p-end 0.2 --target-l0 32"), REVIVE, seeds=(0,)),
         Task("othello", othello("gated", "--target-l0 32"), REVIVE, seeds=(0,))],

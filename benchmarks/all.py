@@ -2,11 +2,13 @@
 
     python benchmarks/all.py --list                                   # each table, its command, its state
     python benchmarks/all.py --jobs 2 --peers PEERS/bin/python        # what is not finished, in order; resumable
+    python benchmarks/all.py --keep-peers ...                         # other libraries' figures of before stay
     python benchmarks/all.py --only othello order                     # of these
     python benchmarks/all.py --again othello                          # these anew, though they are finished
 
 PEERS is the environment of benchmarks/requirements.txt; the others run in the one of requirements.txt, by the Python
-that runs this. --jobs 2 runs two at a time, each on one thread; those that time something run alone. What is finished
+that runs this. The peers' training costs most of the time and does not depend on our code, so --keep-peers leaves
+their rows as they are in compare.md and the tables of recovery. --jobs 2 runs two at a time, each on one thread; those that time something run alone. What is finished
 is recorded in benchmarks/results/all.jsonl with its date and commit. Interrupted (Ctrl-C), the same command goes on:
 run directories are in runs/all/NAME, and are deleted only when NAME begins anew. What a command prints is in --logs.
 A command that fails, or leaves a file unwritten, does not stop the others; it is named at the end, exit code 1.
@@ -109,6 +111,11 @@ def show():
 
 # --- running --------------------------------------------------------------------------------------
 
+def keeping(command):
+    """The command that trains ours alone and keeps the peers' rows."""
+    return command + (" --only ours- other-" if "compare.py train" in command else
+                      " --keep-peers" if "recovery.py" in command and "--sweep" not in command else "")
+
 def start(entry, python, logs, one_thread):
     """The process of an entry, in its environment; anew unless it was interrupted."""
     if begun(entry).exists():
@@ -172,6 +179,7 @@ def main(argv=None):
     parser.add_argument("--again", nargs="+", choices=NAMES, metavar="NAME", default=[], help="these alone, from the start")
     parser.add_argument("--jobs", type=runs.count, default=1, help="at a time, each on one thread; default 1")
     parser.add_argument("--peers", default=sys.executable, help="Python of the peers' environment; default: this one")
+    parser.add_argument("--keep-peers", action="store_true", help="do not train the peers again in compare, recovery")
     parser.add_argument("--logs", type=Path, default=RUNS / "logs", help="folder; default runs/all/logs")
     args = parser.parse_args(argv)
     if args.list:
@@ -182,6 +190,8 @@ def main(argv=None):
     chosen, done = [*(args.only or []), *args.again] or NAMES, finished()
     entries = [entry for entry in ENTRIES if entry.name in chosen and (
         entry.name not in done or entry.name in args.again or begun(entry).exists())]
+    if args.keep_peers:
+        entries = [entry._replace(commands=[keeping(command) for command in entry.commands]) for entry in entries]
     if not entries:
         print("all of these are finished: --list has dates, --again NAME makes one anew")
     if any(entry.peers for entry in entries):

@@ -21,6 +21,9 @@ runs at every rate of --lrs with every coefficient of --l1s on the first seed, a
 settings on the other seeds; the better mean is kept. Ours then runs told by --target-l0 to end at
 the L0 of each peer's best, at its default rate and at the best of the same rates on the first seed.
 
+--keep-peers runs ours alone: the peers' rows stay those of the table at --out, since their steps
+do not depend on our code.
+
 MCC is the mean signed cosine of true and learned features under the best one-to-one matching;
 chance is that of random directions. L0, FVU and dead latents are of 65,536 held-out samples; with a
 threshold (BatchTopK, Matryoshka) each library uses the one that it saves, and ours is set on half of them.
@@ -98,6 +101,18 @@ def line(label, lr, results):
     return (f"| {label} | {lr} | {mean('mcc'):.4f} | {scores} | {mean('above'):.3f} | "
             f"{mean('l0'):.2f} | {mean('fvu'):.4f} | {max(r['dead'] for r in results):.1%} |")
 
+KEPT = {}                           # --keep-peers: the peers' rows, by the last word of their section's title
+
+def keep(path):
+    """Fill KEPT from a table; returns the first line that says on what machine it was made."""
+    lines = path.read_text().splitlines()
+    for line in lines:
+        if line.startswith("**"):
+            section = KEPT.setdefault(line.split("**")[1].split()[-1], [])
+        elif line.startswith(tuple(f"| {name}" for name in peers.LIBRARIES if name != "ours")):
+            section.append(line)
+    return next(line for line in lines if ", commit " in line).split(";")[0]
+
 HEAD = ["| | lr | MCC, mean | MCC by seed | share > .95 | L0 | FVU | dead, worst |",
         "|---|--:|--:|---|--:|--:|--:|--:|"]
 
@@ -124,6 +139,7 @@ def compare(variant, only, tasks, lrs, seeds):
                 label = name + (", dead after 30k tokens" if options == EARLY else "")
                 label += ", " + " ".join(options["flags"]) if "flags" in options else ""
                 table.append((score(best[1]), line(label, best[0] or "default", best[1])))
+        table += [(float(row.split("|")[3]), row) for row in KEPT.get(task, [])]
         chance = [r["chance"] for j, r in zip(jobs, results) if r and j["task"] == task]
         lines += [row for _, row in sorted(table, reverse=True)]
         lines += [f"| random directions | | {sum(chance) / len(chance):.4f} | | | | | |", ""]
@@ -134,28 +150,34 @@ def score(results):
 
 def matched(variant, seeds, lrs, l1s):
     """Peers over their coefficients and rates; ours at the L0 of each one's best."""
-    names = [name for name in peers.VARIANTS[variant] if name != "ours"]
     job = lambda name, options, lr, seed: dict(name=name, options=options, task="flat", lr=lr,
                                                seed=seed, variant=variant)
-    first = [job(name, {"l1": l1}, lr, seeds[0]) for name in names for lr in lrs for l1 in l1s]
-    tried = [(j, r) for j, r in zip(first, run_all(first)) if r]
+    if KEPT:
+        best = [(row, float(row.split("|")[6])) for row in KEPT["flat"]]
+    else:
+        names = [name for name in peers.VARIANTS[variant] if name != "ours"]
+        first = [job(name, {"l1": l1}, lr, seeds[0]) for name in names for lr in lrs for l1 in l1s]
+        tried = [(j, r) for j, r in zip(first, run_all(first)) if r]
+        best = [best_of([t for t in tried if t[0]["name"] == name], seeds) for name in names]
     lines = [f"**{variant}, flat**: D=64, F=256", "", *HEAD]
-    for name in names:
-        best = sorted((t for t in tried if t[0]["name"] == name), key=lambda t: -t[1]["mcc"])[:2]
-        more = run_all([dict(j, seed=seed) for j, _ in best for seed in seeds[1:]])
-        n = len(seeds) - 1
-        runs = [[r, *more[i * n: (i + 1) * n]] for i, (_, r) in enumerate(best)]
-        i = max(range(len(runs)), key=lambda i: score(runs[i]))
-        j, l0 = best[i][0], sum(r["l0"] for r in runs[i]) / len(seeds)
-        lines.append(line(f"{name}, l1 {j['options']['l1']:g}", j["lr"] or "default", runs[i]))
+    for row, l0 in best:
         ours = lambda lr, seed: job("ours", {"flags": ["--target-l0", round(l0, 2)]}, lr, seed)
-        lines.append(line("ours at that L0", "default", run_all([ours(None, s) for s in seeds])))
+        at_default = run_all([ours(None, s) for s in seeds])
         trial = run_all([ours(lr, seeds[0]) for lr in lrs])
         i = max(range(len(lrs)), key=lambda i: trial[i]["mcc"])
         more = run_all([ours(lrs[i], s) for s in seeds[1:]])
-        lines.append(line("ours at that L0", lrs[i], [trial[i], *more]))
-    chance = [r["chance"] for _, r in tried]
-    return lines + [f"| random directions | | {sum(chance) / len(chance):.4f} | | | | | |", ""]
+        lines += [row, line("ours at that L0", "default", at_default),
+                  line("ours at that L0", lrs[i], [trial[i], *more])]
+    chance = score([dict(mcc=r["chance"]) for r in at_default])
+    return lines + [f"| random directions | | {chance:.4f} | | | | | |", ""]
+
+def best_of(tried, seeds):
+    """(line, L0) of a peer's best setting: of its two best on the first seed the better on all."""
+    best = sorted(tried, key=lambda t: -t[1]["mcc"])[:2]
+    found = [(j, [r, *run_all([dict(j, seed=seed) for seed in seeds[1:]])]) for j, r in best]
+    j, results = max(found, key=lambda f: score(f[1]))
+    return (line(f"{j['name']}, l1 {j['options']['l1']:g}", j["lr"] or "default", results),
+            sum(r["l0"] for r in results) / len(seeds))
 
 def sweep(seeds):
     """Our learning rate rule against fixed rates."""
@@ -184,6 +206,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default 0 1 2")
     parser.add_argument("--runs", type=Path, help="keeps the peers' finished runs: not run again")
     parser.add_argument("--out", type=Path, help="also write the tables there")
+    parser.add_argument("--keep-peers", action="store_true", help="the peers' rows stay those of --out")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -194,6 +217,9 @@ def main():
         KEEP = args.runs
         DONE.update(map(json.loads, open(KEEP)) if KEEP.exists() else ())
     lines = [f"{machine()}; float32, {STEPS} steps of {BATCH}, seeds {args.seeds}", ""]
+    if args.keep_peers:
+        lines[0] += f". The peers' rows: {keep(args.out)}"
+        args.only = ["ours"]
     if args.variant in ("vanilla", "gated"):
         lines += matched(args.variant, args.seeds, args.lrs or L1_LRS, args.l1s)
     elif args.sweep:

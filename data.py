@@ -1,17 +1,18 @@
 """Which activations an SAE is trained on: the flags that choose them, and open_source.
 
     a language model's residual stream   --model NAME --layer L (default smollm2, layer 6)
-                                         or othello: no download, the true features known
+                                         or othello: no download, the true features known;
+                                         stored once for all runs, or with --stream never
     arrays on disk                       --activations X.npy, or a folder of .npy shards
     a toy model with known features      --model toy --toy NAME
 
 The sources themselves are in sources/: source.py says what all of them give (batches, held-out
-rows, centring and scale); toy.py, arrays.py and lm.py are one kind each.
+rows, centring and scale); toy.py, arrays.py, lm.py and stream.py are one kind each.
 """
 from pathlib import Path
 
 import runs
-from sources import arrays, lm, toy
+from sources import arrays, lm, stream, toy
 
 class ArgumentParser(runs.ArgumentParser):
     """A parser that has the flags that choose the data."""
@@ -28,6 +29,13 @@ class ArgumentParser(runs.ArgumentParser):
                                                     "there are fewer")
         add("--cache-dir", type=Path, help="converted models and harvested activations; default "
                                            "~/.cache/six-saes")
+        add("--stream", action="store_true", default=None,
+            help="train on activations as the model produces them; none are stored")
+        add("--buffer", type=runs.count,
+            help="rows in the ring of --stream; default 32 batches or 64 passes of the model, "
+                 "whichever is more")
+        add("--epochs", type=runs.count,
+            help="passes over the text that --stream may make; default 1")
         add("--activations", type=Path, help="X.npy [N, D] or a folder of .npy shards: no model")
         add("--toy", help="toy model: in sources/toy.py, NAME or NAME:SEED; default flat")
 
@@ -38,12 +46,18 @@ def open_source(args, device):
         runs.fail("--activations and --model: give one of them")
     unused = ["toy"] if args.model != "toy" else []
     if args.activations or args.model == "toy":
-        unused += ["layer", "text", "context", "cache_tokens", "cache_dir"]
+        unused += ["layer", "text", "context", "cache_tokens", "cache_dir", "stream"]
+    if not args.stream:
+        unused += ["buffer", "epochs"]
     for flag in unused:
         if getattr(args, flag) is not None:
-            runs.fail(f"--{flag.replace('_', '-')}: has no meaning for this source; leave it out")
+            where = "without --stream" if flag in ("buffer", "epochs") else "for this source"
+            runs.fail(f"--{flag.replace('_', '-')}: has no meaning {where}; leave it out")
     if args.model == "toy":
         source, seen = toy.ToySource(args, device), "fresh samples"
+    elif args.stream:
+        source = stream.open_stream(args, device)
+        seen = source.about()
     else:
         source = (arrays.open_array if args.activations else lm.open_cache)(args, device)
         seen = f"{source.n_train:,} training rows"

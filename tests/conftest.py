@@ -90,29 +90,29 @@ def random_lm(kind, folder, text):
     tokenizer.train_from_iterator(text.read_text().splitlines(), trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<|endoftext|>"]))
     torch.manual_seed(0)
-    size = dict(vocab_size=300, bos_token_id=0, eos_token_id=0)
+    size = dict(vocab_size=300, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     if kind == "gpt2":
         model = tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=4, n_embd=32, n_head=4, **size))
-    elif kind == "llama":
-        model = tf.LlamaForCausalLM(tf.LlamaConfig(
-            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
     else:
-        model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
-            num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, **size))
+        cls = getattr(tf, dict(llama="LlamaForCausalLM", neox="GPTNeoXForCausalLM", gemma2="Gemma2ForCausalLM",
+                               qwen2="Qwen2ForCausalLM", mistral="MistralForCausalLM", bert="BertForMaskedLM")[kind])
+        heads = {} if kind in ("neox", "bert") else dict(num_key_value_heads=2, head_dim=8)
+        model = cls(cls.config_class(num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64,
+                                     **heads, **size))
     path = folder / kind
     model.save_pretrained(path)
     tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
                                bos_token="<|endoftext|>").save_pretrained(path)
     return path
 
-KINDS = "gpt2", "llama", "neox"
+KINDS = "gpt2", "llama", "neox", "gemma2", "qwen2", "mistral"
 
 @pytest.fixture(scope="session", params=KINDS)
 def every_lm(request, tmp_path_factory, text):
-    """The directory of a random causal LM, of three architectures."""
+    """The directory of a random causal LM, of six architectures."""
     return random_lm(request.param, tmp_path_factory.mktemp("lm"), text)
 
-@pytest.fixture(scope="session", params=[KINDS[0], *(pytest.param(k, marks=pytest.mark.claims) for k in KINDS[1:])])
+@pytest.fixture(scope="session", params=[KINDS[0], *(pytest.param(k, marks=pytest.mark.claims) for k in KINDS[1:3])])
 def tiny_lm(request, tmp_path_factory, text):
     """The same; in the quick run of the first architecture alone."""
     return random_lm(request.param, tmp_path_factory.mktemp("lm"), text)

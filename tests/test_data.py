@@ -17,6 +17,7 @@ from scipy.stats import binom
 import data
 import runs
 from sources import arrays, lm
+from sources import text as text_room
 from sources import toy as toys
 from conftest import ROOT, run_script
 from topk_sae import parse_args, train
@@ -207,7 +208,7 @@ def only_cache(tmp_path):
     return folder
 
 def test_layer_is_the_hidden_state(every_lm, text):
-    """--layer L is hidden_states[L]: exactly, for every L and three architectures."""
+    """--layer L is hidden_states[L]: exactly, for every L and six architectures."""
     for layer in range(4):
         model, tokenizer, blocks = lm.load(every_lm, "x", CPU, torch.float32)
         ids = np.random.default_rng(0).integers(0, 300, (5, 16))
@@ -276,7 +277,7 @@ def test_cache_is_reused_and_keyed(tiny_lm, text, tmp_path, monkeypatch):
     jsonl = text.with_name("same.jsonl")                        # the same bytes, read differently
     jsonl.write_text(json.dumps({"text": text.read_text()}) + "\n")
     (tmp_path / "same.txt").write_bytes(jsonl.read_bytes())
-    assert lm.text_hash(str(jsonl)) != lm.text_hash(str(tmp_path / "same.txt"))
+    assert text_room.text_hash(str(jsonl)) != text_room.text_hash(str(tmp_path / "same.txt"))
 
 def test_interrupted_harvest_goes_on(tiny_lm, text, tmp_path, monkeypatch):
     """Cut off after the first of several shards, a harvest keeps that shard and ends the same."""
@@ -286,7 +287,7 @@ def test_interrupted_harvest_goes_on(tiny_lm, text, tmp_path, monkeypatch):
     real, calls = lm.residual_stream, []
     def cut(*a):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 5:                                     # the first is that of model_below
             raise KeyboardInterrupt
         return real(*a)
     with monkeypatch.context() as m, pytest.raises(SystemExit):
@@ -347,9 +348,9 @@ def test_short_text_still_has_held_out_rows(tiny_lm, tmp_path):
     assert 0 < len(source.heldout()) < 0.1 * source.n_train
 
 def test_default_text_is_the_standard_library():
-    files = lm.text_files(None)
+    files = text_room.text_files(None)
     assert len(files) > 300 and not any("test" in p.parts for p in files)
-    assert lm.text_files(None) == files and lm.text_hash(None) == lm.text_hash(None)
+    assert text_room.text_files(None) == files and text_room.text_hash(None) == text_room.text_hash(None)
 
 def test_contexts_begin_with_bos_where_the_tokenizer_does(tiny_lm, text):
     from tokenizers.processors import TemplateProcessing

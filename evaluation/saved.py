@@ -8,7 +8,8 @@ import data
 import runs
 from sources import lm
 
-DATA_FLAGS = "model", "layer", "text", "context", "cache_tokens", "activations", "toy", "stream", "buffer"
+DATA_FLAGS = ("model", "layer", "text", "context", "cache_tokens", "activations", "toy", "stream",
+              "buffer")
 VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
                gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
 

@@ -6,7 +6,7 @@ log, to which lines are added, is written under a temporary name and then rename
 before a failure is still there after it.
 This file imports nothing of ours.
 """
-import argparse, contextlib, ctypes, json, math, os, re, shutil, signal, sys, threading, time
+import argparse, contextlib, ctypes, io, json, math, os, re, shutil, signal, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -78,6 +78,26 @@ def lock(path, flag, wait=True):
     except (ImportError, OSError):
         pass                                # Windows, or a file system that has no locks: no lock
     return file
+
+# --- progress -------------------------------------------------------------------------------------
+
+class Bar(tqdm):
+    """A progress bar with the time left, of rank 0; a line of it every 30 s if stderr is no
+    terminal."""
+    def __init__(self, *args, **kw):
+        self.plain = not sys.stderr.isatty()
+        if self.plain:
+            form = "{desc}: {percentage:.0f} % of {total_fmt}, {elapsed} gone, {remaining} left"
+            kw |= dict(delay=30, mininterval=30, maxinterval=30, bar_format=form)
+            kw["file"] = io.StringIO()                               # what tqdm itself writes
+        if rank() > 0:
+            kw["disable"] = True
+        super().__init__(*args, **kw)
+
+    def display(self, *args, **kw):
+        super().display(*args, **kw)
+        if self.plain:
+            print(self, file=sys.stderr, flush=True)
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -319,8 +339,7 @@ class Run:
         first = load_state(args, source, sae, opt, state) if args.resume else 0
         self.began = time.perf_counter()
         self.mark, self.bad = (first, self.began), torch.zeros((), device=source.device)
-        self.steps = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train",
-                          disable=rank() > 0 or None)
+        self.steps = Bar(range(first, args.steps), initial=first, total=args.steps, desc="train")
         if rank() == 0 and self.path.exists():           # resumed: drop what came after `first`
             lines = [l for l in self.path.read_text().splitlines(True) if l.endswith("}\n")]
             with replacing(self.path, "--out") as tmp:
@@ -375,7 +394,8 @@ class Run:
             fail(f"--out: cannot write {self.path} ({err.strerror}); what was saved is intact")
         form = dict(step="{:5d}", fvu="{:.4f}", l0="{:.1f}", dead="{:.2%}", lr="{:.1e}",
                     tokens="{:,}", tok_s="{:,.0f}")
-        self.steps.write(" | ".join(f"{k} " + (form.get(k, "{:.4g}").format(v) if np.ndim(v) == 0
+        say = print if self.steps.plain else self.steps.write
+        say(" | ".join(f"{k} " + (form.get(k, "{:.4g}").format(v) if np.ndim(v) == 0
                                                else " ".join(f"{u:.2g}" for u in v))
                                     for k, v in record.items()))
 

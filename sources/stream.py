@@ -25,10 +25,9 @@ from itertools import count, islice
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from othello import game
-from runs import all_reduce, fail, rank, world_size
+from runs import Bar, all_reduce, fail, rank, world_size
 from sources import lm
 from sources.arrays import PIECE, Shards
 from sources.source import HELD_OUT, Source
@@ -124,8 +123,7 @@ class Stream:
 
     def take(self, ring, slots, desc=None):
         """Write the next len(slots) rows into these rows of the ring [R, D]."""
-        with tqdm(total=len(slots), desc=desc, unit="row", unit_scale=True,
-                  disable=None if desc and rank() == 0 else True) as bar:
+        with Bar(total=len(slots), desc=desc, unit="row", unit_scale=True, disable=not desc) as bar:
             filled = 0
             while filled < len(slots):
                 if not len(self.rows):
@@ -159,8 +157,7 @@ def measure(args, stream, key, folder):
     known = None if games or is_hub_dataset(args.text) else sum(1 for _ in pieces(args))
     most = round(HELD_OUT * known) if known else enough
     held, first, size = [], [], lambda piece: piece[0].shape[0] * piece[0].shape[1]
-    with tqdm(total=args.buffer, desc="measure", unit="row", unit_scale=True,
-              disable=None if rank() == 0 else True) as bar:
+    with Bar(total=args.buffer, desc="measure", unit="row", unit_scale=True) as bar:
         while not held or len(held) < most and sum(map(size, held)) < enough:
             held.append(stream.next() or too_short(args, 0))
         stream.held = len(held)

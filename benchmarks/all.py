@@ -80,6 +80,10 @@ ENTRIES = [
     speed("speed-l1", "--turns 3 --steps 4 --variants vanilla gated --same-allocator", 75),
     speed("speed-nested", "--turns 2 --steps 4 --variants batchtopk matryoshka ordered --same-allocator", 30),
     speed("speed-gba", "--turns 3 --steps 6 --variants gba", 20),
+    Entry("stream", ["python benchmarks/stream.py --runs runs/all/stream --out benchmarks/results/stream.md"], ["stream.md"],
+          60, alone=True),
+    Entry("cache-tokens", ["python benchmarks/cache_tokens.py --runs runs/all/cache-tokens "
+                           "--out benchmarks/results/cache-tokens.md"], ["cache-tokens.md"], 50),
     Entry("run-times", ["python benchmarks/run_times.py --out benchmarks/results/run-times.md"], ["run-times.md"], 25, alone=True),
     Entry("claims", ["pytest -m claims --claims=docs/CLAIMS.md", "python tests/claims.py"], ["docs/CLAIMS.md"], 80, alone=True)]
 NAMES = [entry.name for entry in ENTRIES]

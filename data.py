@@ -2,7 +2,7 @@
 
     a language model's residual stream   --model NAME --layer L (default smollm2, layer 6)
                                          or othello: no download, the true features known
-    arrays on disk                       --activations X.npy, or a folder of .npy shards
+    arrays on disk                       --activations X.npy, or a folder of shards
     a toy model with known features      --model toy --toy NAME
 
 The sources themselves are in sources/: source.py says what all of them give (batches, held-out
@@ -26,9 +26,14 @@ class ArgumentParser(runs.ArgumentParser):
         add("--context", type=runs.count, help="tokens per context; default 128, othello 59")
         add("--cache-tokens", type=runs.count, help="tokens to harvest; default 1e6, or all if "
                                                     "there are fewer")
-        add("--cache-dir", type=Path, help="converted models and harvested activations; default "
-                                           "~/.cache/six-saes")
-        add("--activations", type=Path, help="X.npy [N, D] or a folder of .npy shards: no model")
+        add("--cache-dir", type=Path, help="converted models, harvested activations, statistics of "
+                                           "--activations; default ~/.cache/six-saes")
+        add("--activations", type=Path, help="no model: [N, D] in a .npy or .safetensors file, or "
+                                             "in a folder of such shards")
+        add("--drop-norm", type=runs.at_least(1, float), help="drop rows of --activations with "
+            "norms above so many times the median")
+        add("--context-ids", type=Path, help=".npy [N] of integers: the context of each row of "
+                                             "--activations; held-out contexts are whole")
         add("--toy", help="toy model: in sources/toy.py, NAME or NAME:SEED; default flat")
 
 def open_source(args, device):
@@ -36,9 +41,10 @@ def open_source(args, device):
     other, or the data cannot be had."""
     if args.activations and args.model:
         runs.fail("--activations and --model: give one of them")
-    unused = ["toy"] if args.model != "toy" else []
-    if args.activations or args.model == "toy":
-        unused += ["layer", "text", "context", "cache_tokens", "cache_dir"]
+    unused = ["cache_dir"] if args.model == "toy" else ["toy"]
+    unused += ["layer", "text", "context", "cache_tokens"] if args.activations or \
+        args.model == "toy" else []
+    unused += [] if args.activations else ["drop_norm", "context_ids"]
     for flag in unused:
         if getattr(args, flag) is not None:
             runs.fail(f"--{flag.replace('_', '-')}: has no meaning for this source; leave it out")

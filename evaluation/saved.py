@@ -8,7 +8,8 @@ import data
 import runs
 from sources import lm
 
-DATA_FLAGS = "model", "layer", "text", "context", "cache_tokens", "activations", "toy"
+DATA_FLAGS = ("model", "layer", "text", "context", "cache_tokens", "activations", "drop_norm",
+              "context_ids", "toy")
 VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
                gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
 
@@ -106,9 +107,9 @@ def data_flags(sae, args, default):
     if not any(flags[k] for k in ("model", "layer", "activations")):
         runs.fail(f"{sae.path}: records no data of ours; name them with --model and --layer, with "
                   "--activations, or with --model toy and --toy")
-    numbers = "layer", "context", "cache_tokens"
-    if wrong := [k for k, v in flags.items() if v is not None and not isinstance(
-            v, int if k in numbers else (str, Path))]:
+    kinds = dict(dict.fromkeys(("layer", "context", "cache_tokens"), int), drop_norm=(int, float))
+    if wrong := [k for k, v in flags.items()
+                 if v is not None and not isinstance(v, kinds.get(k, (str, Path)))]:
         runs.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
     if not flags["activations"] and flags["model"] != "toy":          # the defaults, spelled out
         defaults = dict(model="smollm2", layer=6, context=lm.default_context(flags["model"]))
@@ -119,9 +120,10 @@ def open_data(key, saes, args):
     """The source behind data_flags; its flags as an attribute."""
     flags = argparse.Namespace(**json.loads(key), seed=0, batch_size=1, tokens=0)
     flags.activations = flags.activations and Path(flags.activations)
+    flags.context_ids = flags.context_ids and Path(flags.context_ids)
     cache = Path(str(saes[0].flags.get("cache_dir")))
     cache = args.cache_dir or (cache if cache.is_dir() else None)
-    flags.cache_dir = None if flags.activations or flags.model == "toy" else cache
+    flags.cache_dir = None if flags.model == "toy" else cache
     names = [str(sae.path) for sae in saes[:3]] + ["..."] * (len(saes) > 3)
     try:
         source = data.open_source(flags, args.torch_device)

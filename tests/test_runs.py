@@ -393,7 +393,7 @@ def test_equal_rows_do_not_cost_the_weights(variant, array, tmp_path):
     argv = ["--activations", tmp_path / "X.npy", "--d-sae", 32, "--batch-size", 64, "--tokens", 64 * 10,
             *FLAGS.get(variant, [])]
     source = data.open_source(script(variant).parse_args([str(a) for a in argv]), torch.device("cpu"))
-    x[source.heldout_rows()] = np.float32(0.1)                          # whose mean is rounded
+    x[source.shards.numbers(source.heldout_rows())] = np.float32(0.1)                          # whose mean is rounded
     np.save(tmp_path / "X.npy", x)
     run(variant, *argv, "--out", tmp_path / "run")
     cfg, tensors = runs.load_sae(tmp_path / "run")
@@ -509,7 +509,7 @@ CHANGES = {                       # flags that change the weights of toy_run, an
     "gamma_down": 0.2, "gamma_up": 0.0, "relu": None, "train_b_dec": None}
 ELSEWHERE = {                     # flags whose effect another test shows
     "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
-    "out", "resume", "compile", "dense", "log_every", "save_every", "tied", "untied"}
+    "drop_norm", "context_ids", "out", "resume", "compile", "dense", "log_every", "save_every", "tied", "untied"}
 ONLY_LOGGED = {"dead_after"}      # where no AuxK acts on the dead
 
 def flags_of(variant):

@@ -113,6 +113,15 @@ def files_of(path):
         fail(f"--activations {path}: holds .npy and .safetensors files; leave those of one kind")
     return files
 
+def check_ids(path, n):
+    try:
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as err:
+        fail(f"--context-ids {path}: not a readable .npy file ({first_line(err)})")
+    if ids.shape != (n,) or ids.dtype.kind not in "iu":
+        fail(f"--context-ids {path}: shape {ids.shape}, dtype {ids.dtype}; it needs one integer "
+             f"for each of the {n} rows of --activations")
+
 def held_out(shards, size, path):
     """The rows for evaluation, ascending: HELD_OUT of the chunks or, with a file of --context-ids,
     of the contexts. Drawn alike for every seed."""
@@ -121,13 +130,6 @@ def held_out(shards, size, path):
         order = rng.permutation(numbers(0, shards.n // size))
         chunks = np.sort(order[:max(4, round(HELD_OUT * len(order)))]).astype(np.int64)
         return (chunks[:, None] * size + np.arange(size)).ravel()
-    try:
-        ids = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as err:
-        fail(f"--context-ids {path}: not a readable .npy file ({first_line(err)})")
-    if ids.shape != (shards.n,) or ids.dtype.kind not in "iu":
-        fail(f"--context-ids {path}: shape {ids.shape}, dtype {ids.dtype}; it needs one integer "
-             f"for each of the {shards.n} rows of --activations")
     def parts():                                              # each a new map: memory is bounded
         for first in range(0, shards.n, PIECE // 8):
             yield first, np.load(path, mmap_mode="r")[first:first + PIECE // 8]
@@ -171,6 +173,8 @@ def open_array(args, device):
     shards = Shards(files_of(path), "--activations")
     if shards.n < 20:
         fail(f"--activations {path}: {shards.n} rows are too few to train on")
+    if ids:
+        check_ids(ids, shards.n)
     size = chunk_size(shards.n)
     def find():
         held = held_out(shards, size, ids)

@@ -550,7 +550,7 @@ def test_refuses_a_damaged_cache(tiny_lm, text, tmp_path, one_line):
     (folder / "manifest.json").write_text(manifest.replace('"layer": 1', '"layer": 2'))
     refuses(one_line, tmp_path, argv, "manifest", "delete")
 
-def test_refuses_bad_arrays(tmp_path, one_line):
+def test_refuses_bad_arrays(tmp_path, one_line, monkeypatch):
     x = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32)
     no = lambda path, *words, more=(): refuses(
         one_line, tmp_path, ["--activations", path, "--batch-size", 64, *more], *words)
@@ -592,7 +592,9 @@ def test_refuses_bad_arrays(tmp_path, one_line):
     no(good, "--context-ids", "(400,)", "500 rows", more=ids(np.arange(400)))
     no(good, "--context-ids", "float64", "integer", more=ids(np.arange(500.0)))
     no(good, "--context-ids", "10 contexts", "at least 20", more=ids(np.arange(500) // 50))
-    no(good, "--context-ids", "not a readable .npy", more=["--context-ids", tmp_path / "none.npy"])
+    with monkeypatch.context() as m:
+        m.setattr(arrays, "SMALL", 0)
+        no(good, "--context-ids", "not a readable .npy", more=["--context-ids", tmp_path / "none.npy"])
     no(good, "--drop-norm", "at least 1", more=["--drop-norm", 0.5])
     for flag in ("--drop-norm", "--context-ids"):
         refuses(one_line, tmp_path, ["--model", "toy", flag, 2], flag, "no meaning")
@@ -659,7 +661,7 @@ def limited(n):
 def test_a_full_disk_is_one_line_and_harms_nothing(array, tmp_path):
     """A limit on file sizes stands in for the disk: writing fails just as abruptly."""
     argv = ["topk_sae.py", "--activations", array[0], "--k", 2, "--batch-size", 512, "--out",
-            tmp_path / "run", "--save-every", 4]
+            tmp_path / "run", "--save-every", 0]
     run = run_script(*argv, "--tokens", 4096, preexec_fn=limited(20_000))
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     assert "cannot write" in run.stderr and "--out" in run.stderr

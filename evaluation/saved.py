@@ -52,6 +52,13 @@ class SAE:
         if bad := [n for n, v in self.t.items() if not v.isfinite().all()]:
             runs.fail(f"{path}: damaged: NaN or inf in {', '.join(bad)}")
 
+    @property
+    def widths(self):
+        """Of the prefixes that the run trained, if it says so: a Matryoshka SAE's levels. Or []."""
+        w = self.flags.get("widths")
+        good = isinstance(w, list) and len(w) > 1 and all(type(m) is int for m in w)
+        return w if good and sorted({0, *w}) == [0, *w] and w[-1] == self.d_sae else []
+
     def to(self, device):
         self.t = {n: v.to(device) for n, v in self.t.items()}
         return self

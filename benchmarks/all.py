@@ -80,6 +80,8 @@ ENTRIES = [
     speed("speed-l1", "--turns 3 --steps 4 --variants vanilla gated --same-allocator", 75),
     speed("speed-nested", "--turns 2 --steps 4 --variants batchtopk matryoshka ordered --same-allocator", 30),
     speed("speed-gba", "--turns 3 --steps 6 --variants gba", 20),
+    Entry("large-array", ["python benchmarks/large_array.py --out benchmarks/results/large-array.md"], ["large-array.md"], 4,
+          alone=True),                                           # 20 GB in the folder of temporary files
     Entry("run-times", ["python benchmarks/run_times.py --out benchmarks/results/run-times.md"], ["run-times.md"], 25, alone=True),
     Entry("claims", ["pytest -m claims --claims=docs/CLAIMS.md", "python tests/claims.py"], ["docs/CLAIMS.md"], 80, alone=True)]
 NAMES = [entry.name for entry in ENTRIES]

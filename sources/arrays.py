@@ -40,7 +40,7 @@ class ArraySource(Source):
         rows = min(max(ROWS, BATCHES * args.batch_size),
                    MEMORY // (shards.d * shards.dtype.itemsize))
         self.buffers = -(-self.per_epoch // max(1, rows // args.batch_size))    # in an epoch
-        self.order_of = self.buffer_of = None
+        self.order_of = self.buffer_of = self.room = None
 
     def _load(self, step):
         epoch, i = divmod(step, self.per_epoch)
@@ -50,7 +50,6 @@ class ArraySource(Source):
             self.order = np.random.default_rng((self.seed, epoch)).permutation(self.train)
             self.order_of = epoch
         if self.buffer_of != (epoch, number):
-            self.buffer = None                                        # before the next is read
             place = np.arange(first * self.batch_size, end * self.batch_size)
             chunk = self.order[place // self.size].astype(np.int64)
             rows = np.sort(chunk * self.size + place % self.size)
@@ -58,7 +57,10 @@ class ArraySource(Source):
             mixed = mixed.reshape(-1, self.batch_size)[:, self.slice]         # of this process
             kept = np.zeros(len(rows), bool)
             kept[mixed] = True
-            self.buffer = self.shards.read(rows[kept])
+            if self.room is None:                     # for all buffers: new ones leave fragments
+                most = -(-self.per_epoch // self.buffers) * mixed.shape[1]
+                self.room = torch.empty(most, self.d_in, dtype=self.shards.dtype)
+            self.buffer = self.shards.read(rows[kept], self.room)
             self.where = torch.from_numpy((np.cumsum(kept) - 1)[mixed])
             self.buffer_of = epoch, number
         return self.buffer[self.where[i - first]]
@@ -84,7 +86,7 @@ def numbers(first, end):
 
 class Split:
     """Rows of shards in another order: those to train on, then those held out, each ascending, and
-    without those that are dropped. Memory: 8 bytes a row that is held out or dropped."""
+    without those that are dropped. Memory: 16 bytes a held-out row, 8 a dropped one."""
     def __init__(self, shards, held, dropped):
         gone = np.union1d(held, dropped)
         self.shards, self.d, self.dtype = shards, shards.d, shards.dtype
@@ -99,8 +101,8 @@ class Split:
         return np.where(i < 0, rows + np.searchsorted(self.before, rows, "right"),
                         self.held[i.clip(0)])
 
-    def read(self, rows):
-        return self.shards.read(self.numbers(rows))
+    def read(self, rows, out=None):
+        return self.shards.read(self.numbers(rows), out)
 
 def files_of(path):
     """The shards of --activations, in the order of their names."""

@@ -58,10 +58,10 @@ class Shards:
         same = len(set(dtypes)) == 1 and dtypes[0].itemsize == 2
         self.dtype = dtypes[0] if same else torch.float32     # of what is read
 
-    def read(self, rows):
-        """The rows of these ascending numbers, [len(rows), D]. Runs of neighbours are read from the
-        file: through a map each of them would cost page faults."""
-        out = torch.empty(len(rows), self.d, dtype=self.dtype)
+    def read(self, rows, out=None):
+        """The rows of these ascending numbers, [len(rows), D]; out: where there is room for them.
+        Runs of neighbours are read from the file: through a map each would cost page faults."""
+        out = torch.empty(len(rows), self.d, dtype=self.dtype) if out is None else out[:len(rows)]
         cuts = np.unique(np.concatenate([                       # where a run, or a shard, begins
             np.searchsorted(rows, self.starts), np.flatnonzero(np.diff(rows) != 1) + 1,
             np.arange(0, len(rows), 8192)]))

@@ -79,7 +79,8 @@ class Stub:
     dtype = torch.float16
     def __init__(self, n, d):
         self.n, self.d = n, d
-    def read(self, rows):
+    def read(self, rows, out):
+        assert len(rows) <= len(out)
         return torch.from_numpy(rows)
 
 CONTEXT = 127                     # rows of a context, neighbours in the array
@@ -285,7 +286,8 @@ def test_held_out_contexts_are_whole(order, tmp_path):
 def test_memory_is_bounded_by_the_buffer_not_the_array(tmp_path):
     """Reading an array three times as large, 0.9 GB, takes at most 100 MB more memory."""
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, runs, topk_sae\n"
-              "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '8192'])\n"
+              "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '8192',\n"
+              "                            '--cache-dir', sys.argv[2] + '-cache'])\n"
               "source = data.open_source(args, runs.setup(args))\n"
               "for step in range(source.per_epoch): source.batch(step)\n"
               "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))")

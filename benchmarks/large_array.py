@@ -8,7 +8,7 @@ process, and a third time as two under torchrun, and deletes the files. Each pro
 buffers. Seconds count from the start of Python. The files may still be in the system's memory: with a disk below
 that speed the first start takes as long as reading the files. Bytes are those that the process asked files for.
 """
-import argparse, json, os, resource, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,7 +37,7 @@ def serve(argv):
         source.batch(step)
     buffers = -(-steps * source.buffers // source.per_epoch)
     every = buffers * source.per_epoch // source.buffers * args.batch_size * source.d_in * 2
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     print(json.dumps(dict(read=read() - before, every=every, peak=peak)), flush=True)
 
 def start(processes, folder):

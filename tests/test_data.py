@@ -205,6 +205,7 @@ def test_what_a_run_finds_is_kept(tmp_path, monkeypatch, one_line):
         os.truncate(file, 500)
     one_line(make, "--cache-dir", "damaged", "delete it")
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux, which counts")
 def test_two_processes_go_through_an_array_once_and_read_half_each(tmp_path):
     """Counted by the system: bytes that each process read from files while it made batches; and each row once."""
     numbered(tmp_path / "X.npy", 40_000, 64)

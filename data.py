@@ -3,7 +3,7 @@
     a language model's residual stream   --model NAME --layer L (default smollm2, layer 6)
                                          or othello: no download, the true features known;
                                          stored once for all runs, or with --stream never
-    arrays on disk                       --activations X.npy, or a folder of .npy shards
+    arrays on disk                       --activations X.npy, or a folder of shards
     a toy model with known features      --model toy --toy NAME
 
 The sources themselves are in sources/: source.py says what all of them give (batches, held-out
@@ -27,8 +27,8 @@ class ArgumentParser(runs.ArgumentParser):
         add("--context", type=runs.count, help="tokens per context; default 128, othello 59")
         add("--cache-tokens", type=runs.count, help="tokens to harvest; default 1e6, or all if "
                                                     "there are fewer")
-        add("--cache-dir", type=Path, help="converted models and harvested activations; default "
-                                           "~/.cache/six-saes")
+        add("--cache-dir", type=Path, help="converted models, harvested activations, statistics of "
+                                           "--activations; default ~/.cache/six-saes")
         add("--stream", action="store_true", default=None,
             help="train on activations as the model produces them; none are stored")
         add("--buffer", type=runs.count,
@@ -36,7 +36,12 @@ class ArgumentParser(runs.ArgumentParser):
                  "whichever is more")
         add("--epochs", type=runs.count,
             help="passes over the text that --stream may make; default 1")
-        add("--activations", type=Path, help="X.npy [N, D] or a folder of .npy shards: no model")
+        add("--activations", type=Path, help="no model: [N, D] in a .npy or .safetensors file, or "
+                                             "in a folder of such shards")
+        add("--drop-norm", type=runs.at_least(1, float), help="drop rows of --activations with "
+            "norms above so many times the median")
+        add("--context-ids", type=Path, help=".npy [N] of integers: the context of each row of "
+                                             "--activations; held-out contexts are whole")
         add("--toy", help="toy model: in sources/toy.py, NAME or NAME:SEED; default flat")
 
 def open_source(args, device):
@@ -44,11 +49,11 @@ def open_source(args, device):
     other, or the data cannot be had."""
     if args.activations and args.model:
         runs.fail("--activations and --model: give one of them")
-    unused = ["toy"] if args.model != "toy" else []
-    if args.activations or args.model == "toy":
-        unused += ["layer", "text", "context", "cache_tokens", "cache_dir", "stream"]
-    if not args.stream:
-        unused += ["buffer", "epochs"]
+    kind = "array" if args.activations else "toy" if args.model == "toy" else "model"
+    unused = dict(model="toy drop_norm context_ids",
+                  array="layer text context cache_tokens stream toy", toy="layer text context "
+                  "cache_tokens cache_dir stream drop_norm context_ids")[kind].split()
+    unused += [] if args.stream else ["buffer", "epochs"]
     for flag in unused:
         if getattr(args, flag) is not None:
             where = "without --stream" if flag in ("buffer", "epochs") else "for this source"

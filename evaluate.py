@@ -83,12 +83,16 @@ def measure(sae, x, mean, source):
     if differs:
         print(f"note: {sae.path} was trained on other data ({', '.join(differs)} differ), perhaps "
               "on rows that are held out here")
+    if sae.flags.get("activations") and not source.flags.activations:
+        print(f"note: {sae.path} was trained on {sae.flags['activations']}, perhaps on this text")
     variant = sae.meta.get("training_architecture") or sae.kind
     row = dict(run=str(sae.path), variant=str(variant), architecture=sae.kind, d_in=sae.d_in,
                d_sae=sae.d_sae)
     result, latents = metrics.reconstruction(sae.to(source.device), x, mean)
     scale = source.scale if sae.norm == "none" else 1.0
     row |= result | metrics.geometry(sae.t["W_dec"], sae.inputs(sae.normed(x[:4096])[0]), scale)
+    if sae.widths:
+        row["levels"] = metrics.prefixes(sae, x, mean, sae.widths)
     if source.truth:
         row["truth"] = metrics.recovery(sae, source.truth, source.mean.cpu())
     return row, latents

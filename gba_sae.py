@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--out", type=Path, help="run directory; default runs/VARIANT-MODEL-LAYER")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--save-every", type=runs.count, default=500, help="steps between saves; default 500")
+    add("--save-every", type=runs.at_least(0, float), default=10, help="minutes between saves; 10")
     add("--log-every", type=runs.count, default=100, help="steps between log lines; default 100")
     # [/shared: flags]
     add = parser.add_argument_group("this variant").add_argument

@@ -337,7 +337,7 @@ class Run:
         self.args, self.path = args, args.out / "metrics.jsonl"
         self.saved = source, sae, opt, state
         first = load_state(args, source, sae, opt, state) if args.resume else 0
-        self.began = time.perf_counter()
+        self.began = self.saved_at = time.perf_counter()
         self.mark, self.bad = (first, self.began), torch.zeros((), device=source.device)
         self.steps = Bar(range(first, args.steps), initial=first, total=args.steps, desc="train")
         if rank() == 0 and self.path.exists():           # resumed: drop what came after `first`
@@ -361,13 +361,15 @@ class Run:
         args, (_, _, opt, state) = self.args, self.saved
         self.bad += opt.bad == 2
         done, last = step + 1, step + 1 == args.steps
-        halt = False
+        halt = due = False
         if done % CHECK_EVERY == 0 or last:
             halt = self.bad.item() > 0 or self.stop() and not last
+            due = time.perf_counter() - self.saved_at >= 60 * args.save_every
         if done % args.log_every == 0 or last:
             self.log(done, x, terms, lr, len(state["dead"]) / args.d_sae)
-        if done % args.save_every == 0 or last or halt:
+        if due or last or halt:                 # each process by its own clock: rank 0 alone writes
             save_state(args, *self.saved, done)
+            self.saved_at = time.perf_counter()
         if halt:
             self.halt(done)
 

@@ -21,7 +21,7 @@ from sources.toy import Toy
 
 def check(path):
     ours, theirs = saved.SAE(path), SAE.load_from_disk(path)
-    args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations") and v else v
+    args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations", "context_ids") and v else v
                                  for k, v in ours.flags.items()})
     source = data.open_source(args, torch.device("cpu"))
     x = source.heldout()[:4096] / source.scale + source.mean

@@ -6,6 +6,7 @@ Reconstruction, over all M tokens x with e = x - x_hat; sums come first, then on
   fvu        sum |e|^2 / sum |x - mean x|^2, one global mean: x_hat = mean x has 1
   gamma      sum |x_hat|^2 / sum <x, x_hat> (Rajamanoharan et al. 2024, eq. 10), less than 1 by
              shrinkage. On raw activations, and 'centred': with mean x taken off both
+             `prefixes`: the same of the first m latents alone
   dead       share of latents silent on all M tokens; density: how many latents fire how often
 Geometry, of the decoder's rows d_i at norm 1 (Chanin and Garriga-Alonso 2025, 'Sparse but Wrong')
   c_dec      mean of |cos(d_i, d_j)| over i < j
@@ -39,6 +40,7 @@ from tqdm import tqdm
 import runs
 from sources import lm
 
+BLOCK, EXACT = 2048, 8192      # rows of a matrix of cosines at once; that are matched exactly
 EDGES = [e / 2 for e in range(-12, 1)]                        # of the density histogram, log10
 
 # --- reconstruction and geometry ------------------------------------------------------------------
@@ -89,6 +91,20 @@ def geometry(W_dec, inputs, scale=1.0, n=None):
     return dict(c_dec=total / max(1, N * (N - 1)), s_n=s_n, n=n, nearest=nearest.mean().item(),
                 nearest_median=nearest.median().item(),
                 nearest_09=(nearest > 0.9).double().mean().item())
+
+@torch.no_grad()
+def prefixes(sae, x, mean, widths):
+    """{m: fvu} of the first m latents alone, for each m of widths, ascending: what the levels of a
+    Matryoshka SAE reconstruct. x [M, D]; mean [D] in float64."""
+    error, power = torch.zeros(len(widths)).double(), 0.0
+    for part in x.split(2048):
+        inner, undo = sae.normed(part)
+        z, x_hat = sae.codes(inner), sae.t["b_dec"]
+        for g, (lo, hi) in enumerate(zip([0, *widths], widths)):
+            x_hat = x_hat + z[:, lo:hi] @ sae.t["W_dec"][lo:hi]
+            error[g] += (part - undo(x_hat)).double().pow(2).sum().item()
+        power += (part - mean).pow(2).sum().item()
+    return {m: e / power if power else float("nan") for m, e in zip(widths, error.tolist())}
 
 # --- ground truth ---------------------------------------------------------------------------------
 
@@ -212,26 +228,60 @@ def language(saes, model, block, cut, mean, ids):
 
 # --- agreement between seeds ----------------------------------------------------------------------
 
-def alike(a, b, peak, share, t):
-    """Of the share of a's live latents with the largest activations, the part that b has at a
-    cosine above t (Chen et al. 2025, fig. 5). a, b [F, D] unit rows, peak [F] of a."""
-    best = a[peak.topk(max(1, int((peak > 0).sum() * share))).indices]
-    return ((best @ b.T).amax(1) > t).double().mean().item()
+def nearest(a, b):
+    """The cosine of each unit row of a with the nearest of b, and which that is; and the same of
+    each row of b. In blocks."""
+    found, back = [], None
+    for first in range(0, len(a), BLOCK):
+        c = a[first:first + BLOCK] @ b.T                                     # (BLOCK, F)
+        found.append(c.max(1))
+        value, i = c.max(0)
+        i += first
+        back = (value, i) if back is None else (back[0].maximum(value),
+                                                torch.where(value > back[0], i, back[1]))
+    return *(torch.cat(part) for part in zip(*found)), *back
+
+def one_to_one(a, b, first):
+    """A matching of unit rows a, b [F, D], i and j, and the cosines of its pairs. Up to EXACT rows
+    that with the largest sum. Of more, pairs that are nearest to each other are taken first, among
+    what they leave again, and so on until EXACT are left; the sum is less then, never more. first:
+    nearest(a, b)."""
+    (i, j), found = (torch.arange(len(m), device=m.device) for m in (a, b)), []
+    while len(i) > EXACT:
+        value, best, _, back = first if not found else nearest(a[i], b[j])
+        mutual = back[best] == torch.arange(len(i), device=i.device)
+        if not mutual.any():                                  # many are equal: one at a time
+            mutual[value.argmax()] = True
+        found.append((i[mutual], j[best[mutual]], value[mutual]))
+        taken = torch.zeros_like(j, dtype=torch.bool).index_fill_(0, best[mutual], True)
+        i, j = i[~mutual], j[~taken]
+    m, n, c = match(a[i], b[j])
+    found.append((i.cpu()[m], j.cpu()[n], c[m, n]))
+    return [torch.cat([part.cpu() for part in parts]) for parts in zip(*found)]
+
+def alike(cosine, peak, share, t):
+    """Of the share of live latents with the largest activations, the part that another dictionary
+    has at a cosine above t (Chen et al. 2025, fig. 5). cosine, peak [F]: nearest there; here."""
+    best = peak.topk(max(1, int((peak > 0).sum() * share))).indices
+    return (cosine[best] > t).double().mean().item()
 
 def consistency(runs):
     """Of runs [(W_dec [F, D], peak [F])] of one setting, means over their pairs: mean signed cosine
-    of the best one-to-one matching of latents (PW-MCC of Song et al. 2025, stability of Wang et al.
-    2025), rank correlation of matched indices (order, Wang et al.), and `alike`. Dead latents count
-    in the first two. Memory 20 F^2 bytes, time about F^3: 3 s a pair at F = 4608."""
-    runs = [(normalize(W, dim=1).cpu(), peak.cpu()) for W, peak in runs]
-    cosine, order = [], []
-    for (a, _), (b, _) in itertools.combinations(runs, 2):
-        i, j, c = match(a, b)
-        cosine.append(c[i, j].mean().item())
+    of a one-to-one matching of latents (PW-MCC of Song et al. 2025, stability of Wang et al. 2025;
+    there the best one, here if F is at most EXACT: `one_to_one`), rank correlation of matched
+    indices (order, Wang et al.), and `alike`. Dead latents count in the first two. Memory beside
+    the dictionaries: 20 min(F, EXACT)^2 + 4 BLOCK F bytes, 1.9 GB at F = 65,536."""
+    runs = [(normalize(W, dim=1), peak.to(W.device)) for W, peak in runs]
+    cosine, order, near = [], [], []
+    for (a, peak_a), (b, peak_b) in tqdm(list(itertools.combinations(runs, 2)), desc="agreement",
+                                         unit="pair", disable=None):
+        first = nearest(a, b)
+        near += [(first[0], peak_a), (first[2], peak_b)]
+        i, j, c = one_to_one(a, b, first)
+        cosine.append(c.mean().item())
         order.append(np.corrcoef(i, j)[0, 1])
-    table = [dict(share=share, **{f"{t}": float(np.mean([
-        alike(a, b, peak, share, t) for (a, peak), (b, _) in itertools.permutations(runs, 2)]))
-        for t in (0.7, 0.8, 0.9)}) for share in (0.003, 0.05, 0.25, 1.0)]
+    table = [dict(share=share, **{f"{t}": float(np.mean([alike(c, peak, share, t)
+                                                         for c, peak in near]))
+                                  for t in (0.7, 0.8, 0.9)}) for share in (0.003, 0.05, 0.25, 1.0)]
     return dict(matched_cosine=float(np.mean(cosine)), cosine_of_pairs=cosine,
-                order=float(np.mean(order)), alike=table)
-
+                exact=len(runs[0][0]) <= EXACT, order=float(np.mean(order)), alike=table)

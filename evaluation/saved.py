@@ -8,8 +8,8 @@ import data
 import runs
 from sources import lm
 
-DATA_FLAGS = ("model", "layer", "text", "context", "cache_tokens", "activations", "toy", "stream",
-              "buffer")
+DATA_FLAGS = ("model", "layer", "text", "context", "cache_tokens", "stream", "buffer",
+              "activations", "drop_norm", "context_ids", "toy")
 VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
                gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
 
@@ -51,6 +51,13 @@ class SAE:
                           W_dec=self.t["W_dec"] / norm[:, None])
         if bad := [n for n, v in self.t.items() if not v.isfinite().all()]:
             runs.fail(f"{path}: damaged: NaN or inf in {', '.join(bad)}")
+
+    @property
+    def widths(self):
+        """Of the prefixes that the run trained, if it says so: a Matryoshka SAE's levels. Or []."""
+        w = self.flags.get("widths")
+        good = isinstance(w, list) and len(w) > 1 and all(type(m) is int for m in w)
+        return w if good and sorted({0, *w}) == [0, *w] and w[-1] == self.d_sae else []
 
     def to(self, device):
         self.t = {n: v.to(device) for n, v in self.t.items()}
@@ -107,9 +114,10 @@ def data_flags(sae, args, default):
     if not any(flags[k] for k in ("model", "layer", "activations")):
         runs.fail(f"{sae.path}: records no data of ours; name them with --model and --layer, with "
                   "--activations, or with --model toy and --toy")
-    numbers = "layer", "context", "cache_tokens", "stream", "buffer"              # or truth values
-    if wrong := [k for k, v in flags.items() if v is not None and not isinstance(
-            v, int if k in numbers else (str, Path))]:
+    kinds = dict.fromkeys(("layer", "context", "cache_tokens", "buffer"), int)
+    kinds |= dict(stream=bool, drop_norm=(int, float))
+    if wrong := [k for k, v in flags.items()
+                 if v is not None and not isinstance(v, kinds.get(k, (str, Path)))]:
         runs.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")
     if not flags["activations"] and flags["model"] != "toy":          # the defaults, spelled out
         defaults = dict(model="smollm2", layer=6, context=lm.default_context(flags["model"]))
@@ -120,9 +128,10 @@ def open_data(key, saes, args):
     """The source behind data_flags; its flags as an attribute."""
     flags = argparse.Namespace(**json.loads(key), seed=0, batch_size=1, tokens=0, epochs=None)
     flags.activations = flags.activations and Path(flags.activations)
+    flags.context_ids = flags.context_ids and Path(flags.context_ids)
     cache = Path(str(saes[0].flags.get("cache_dir")))
     cache = args.cache_dir or (cache if cache.is_dir() else None)
-    flags.cache_dir = None if flags.activations or flags.model == "toy" else cache
+    flags.cache_dir = None if flags.model == "toy" else cache
     names = [str(sae.path) for sae in saes[:3]] + ["..."] * (len(saes) > 3)
     try:
         source = data.open_source(flags, args.torch_device)

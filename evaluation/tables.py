@@ -19,6 +19,12 @@ def tables(rows):
           number(r["gamma"], ".3f"), number(r["gamma_centred"], ".3f"), number(r["dead"], ".2%"),
           number(r["c_dec"]), number(r["s_n"], ".3f"), number(r["nearest"], ".3f"),
           number(r["nearest_09"], ".1%")] for r in rows])]
+    if nested := [r for r in rows if r.get("levels")]:
+        cells = [[r["run"], *(f"{m}: {number(e)}" for m, e in r["levels"].items())] for r in nested]
+        levels = max(map(len, cells))
+        out.append(("FVU of the first latents alone", "m: fvu, of the levels that a run was "
+            "trained with", ["run", *(f"level {g}" for g in range(1, levels))],
+            [row + [""] * (levels - len(row)) for row in cells]))
     if language := [r for r in rows if r.get("language")]:
         c = language[0]["language"]
         out.append(("Language model with the reconstruction spliced in",
@@ -107,7 +113,8 @@ def agreement(measured):
             lines += [[group[0][1]["run"], str(len(group)), number(result["matched_cosine"], ".3f"),
                        number(result["order"], ".3f"), f"{a['share']:.1%}",
                        *(number(a[t], ".3f") for t in ALIKE)] for a in result["alike"]]
-    note = ("cosine of latents matched one to one; order; of the share with the largest "
-            "activations, how many another seed has at a cosine above")
+    note = (f"cosine of latents matched one to one (exactly, up to F = {metrics.EXACT:,}; of more, "
+            "pairs nearest to each other first, which gives less); order; of the share with the "
+            "largest activations, how many another seed has at a cosine above")
     header = ["first of", "runs", "matched", "order", "share", *ALIKE]
     return lines and ("Agreement between seeds", note, header, lines)

@@ -113,7 +113,7 @@ class Probe:
         where = np.concatenate([np.load(p) for p in sorted(source.folder.glob("where-*.npy"))])[:n]
         boards = np.load(source.folder / "boards.npy")
         label = self.label(properties(boards.reshape(-1, 3)[where])).to(source.device)
-        x = source.scaled(torch.from_numpy(source.shards.read(np.arange(n))))
+        x = source.scaled(source.shards.read(np.arange(n)))
         self.source, generator = source, torch.Generator().manual_seed(0)
         self.W = torch.zeros(x.shape[1], 192, device=x.device, requires_grad=True)
         self.b = torch.zeros(192, device=x.device, requires_grad=True)

@@ -29,7 +29,8 @@ import torch
 
 from othello import game, model as gpt
 from runs import Bar, fail, first_line, has_fast_bf16, lock, rank, replacing, world_size
-from sources.arrays import PIECE, ArraySource, Shards, chunk_size, numbers, statistics
+from sources.arrays import PIECE, ArraySource, chunk_size, numbers
+from sources.shards import Shards, statistics
 from sources.source import HELD_OUT
 from sources.text import Contexts, parts, text_hash
 

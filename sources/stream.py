@@ -29,7 +29,8 @@ import torch.distributed as dist
 from othello import game
 from runs import Bar, all_reduce, fail, rank, world_size
 from sources import lm
-from sources.arrays import PIECE, Shards
+from sources.arrays import PIECE
+from sources.shards import Shards
 from sources.source import HELD_OUT, Source
 from sources.text import Contexts, is_hub_dataset, parts
 
@@ -317,4 +318,4 @@ class StreamSource(Source):
         return np.arange(self.meta["n_train_rows"], self.shards.n)
 
     def _heldout(self):
-        return torch.from_numpy(self.shards.read(self.heldout_rows()))
+        return self.shards.read(self.heldout_rows())

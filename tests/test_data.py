@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.stats import binom
 
 import data
 import runs
-from sources import arrays, lm
+from sources import arrays, lm, shards
 from sources import text as text_room
 from sources import toy as toys
 from conftest import ROOT, run_script
+from test_runs import torchrun
 from topk_sae import parse_args, train
 
 CPU = torch.device("cpu")
@@ -68,19 +70,19 @@ def test_shards_equal_one_array_and_scaling_is_of_the_training_part(tmp_path):
     many = source_of("--activations", tmp_path / "shards", "--batch-size", 64)
     assert all(torch.equal(one.batch(s), many.batch(s)) for s in (0, 7, 100))
     assert torch.equal(one.heldout(), many.heldout())
-    one.batch_size, rows = 1, np.concatenate([np.arange(c * one.size, (c + 1) * one.size)
-                                              for c in one.train])
+    rows = one.shards.numbers(np.arange(one.shards.n_train))
     assert np.allclose(one.mean, x[rows].mean(0), atol=1e-5)
     scaled = (x[rows] - x[rows].mean(0)) * one.scale
     assert np.isclose(np.linalg.norm(scaled, axis=1).mean(), 5 ** 0.5, rtol=1e-5)
 
 class Stub:
     """Shards of n rows of d numbers without a disk: their rows hold their own numbers."""
-    dtype = np.float16
+    dtype = torch.float16
     def __init__(self, n, d):
         self.n, self.d = n, d
-    def read(self, rows):
-        return rows
+    def read(self, rows, out):
+        assert len(rows) <= len(out)
+        return torch.from_numpy(rows)
 
 CONTEXT = 127                     # rows of a context, neighbours in the array
 SHAPES = [(940_000, 576, 2048), (475_000_000, 2304, 2048), (475_000_000, 4096, 16384)]     # n, D, B
@@ -142,27 +144,152 @@ def test_slices_of_processes_are_the_global_batch(monkeypatch):
         assert torch.equal(torch.cat([part._load(step) for part in parts]), whole._load(step))
     assert all(len(part.buffer) * 4 == len(whole.buffer) for part in parts)
 
-def test_shards_read_what_numpy_reads(tmp_path):
-    """Single rows, runs, runs across shards; by rows, by columns, of every dtype; and a file cut off later."""
+def test_shards_read_what_was_written(tmp_path):
+    """Single rows, runs, runs across shards; by rows, by columns, with bytes swapped, of every dtype; and a file
+    cut off later."""
     x = np.random.default_rng(0).normal(size=(30_000, 3))
-    kinds = [x[:9000].astype(np.float16), np.asfortranarray(x[9000:9500], np.float32), x[9500:9501], x[9501:]]
+    kinds = [x[:9000].astype(np.float16), np.asfortranarray(x[9000:9500], np.float32), x[9500:9501], x[9501:20_000],
+             x[20_000:].astype(">f4")]
     for i, part in enumerate(kinds):
         np.save(tmp_path / f"{i}.npy", part)
-    shards = arrays.Shards(sorted(tmp_path.glob("*.npy")), "--activations")
-    want = np.concatenate([part.astype(np.float32) for part in kinds])
     some = np.flatnonzero(np.random.default_rng(1).random(30_000) < 0.5)
-    for rows in (np.arange(30_000), some, np.array([0]), np.array([8999, 9000, 9500, 29_999])):
-        assert np.array_equal(shards.read(rows), want[rows])
-    assert shards.read(np.arange(0)).shape == (0, 3)
+    def check(files, want):
+        shards = arrays.Shards(files, "--activations")
+        for rows in (np.arange(30_000), some, np.array([0]), np.array([8999, 9000, 9500, 29_999])):
+            assert shards.read(rows).dtype == shards.dtype and torch.equal(shards.read(rows), want[rows])
+        assert shards.read(np.arange(0)).shape == (0, 3)
+        return shards
+    shards = check(sorted(tmp_path.glob("*.npy")), torch.cat([torch.from_numpy(p.astype(np.float32)) for p in kinds]))
+    x = torch.from_numpy(x)
+    save_file({"any": x[:9000].bfloat16()}, tmp_path / "0.safetensors", metadata={"made": "by a test"})
+    save_file({"name": x[9000:].bfloat16()}, tmp_path / "1.safetensors")
+    assert check(sorted(tmp_path.glob("*.safetensors")), x.bfloat16()).dtype == torch.bfloat16       # 2 bytes each
+    save_file({"x": x[9000:]}, tmp_path / "1.safetensors")
+    check(sorted(tmp_path.glob("*.safetensors")), torch.cat([x[:9000].bfloat16().float(), x[9000:].float()]))
     os.truncate(tmp_path / "3.npy", 1000)
     with pytest.raises(runs.BadInput, match="3.npy: has become shorter"):
         shards.read(np.arange(30_000))
+
+# --- arrays: one pass, kept -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, d, passes", [(30_000, 40, 1), (100, 3, 2)])
+def test_one_pass_finds_mean_and_scale(n, d, passes, tmp_path, monkeypatch):
+    """Against float64, with a mean of 30 standard deviations, and rows of many norms: the mean to 1e-5 of a norm,
+    E|x - mean| to FAR^2, 4e-4. The mean of all rows, not those for training alone, is farther off. A bad guess of the mean costs a second pass."""
+    real, made = shards.sums, []
+    monkeypatch.setattr(shards, "sums", lambda *args: made.append(1) or real(*args))
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(n, d)) * rng.lognormal(size=(n, 1)) + 30).astype(np.float32)
+    np.save(tmp_path / "X.npy", x)
+    train = rng.random(n) < 0.9
+    mean, norm = shards.statistics(shards.Shards([tmp_path / "X.npy"], "x"), lambda rows: train[rows], "x")
+    want = x[train].astype(np.float64)
+    centred = np.linalg.norm(want - want.mean(0), axis=1).mean()
+    assert np.linalg.norm(mean - want.mean(0)) < 1e-5 * centred and abs(norm / centred - 1) < 4e-4
+    assert np.linalg.norm(x.mean(0) - want.mean(0)) > 1e-3 * centred and len(made) == passes
+
+def test_what_a_run_finds_is_kept(tmp_path, monkeypatch, one_line):
+    """A second start of a large array reads no row of it; one that has changed, or another --drop-norm, does."""
+    monkeypatch.setattr(arrays, "SMALL", 0)
+    numbered(tmp_path / "X.npy", 4000)
+    make = lambda *more: source_of("--activations", tmp_path / "X.npy", "--cache-dir", tmp_path / "cache", *more)
+    first, real, asked = make(), arrays.survey, []
+    monkeypatch.setattr(arrays, "survey", lambda *args: asked.append(1) or real(*args))
+    again = make()
+    assert not asked and torch.equal(first.batch(1), again.batch(1)) and torch.equal(first.heldout(), again.heldout())
+    make("--drop-norm", 2), make("--drop-norm", 2)
+    assert len(asked) == 1
+    os.utime(tmp_path / "X.npy", (1, 1))
+    make()
+    assert len(asked) == 2 and len(list((tmp_path / "cache").glob("X-*.npz"))) == 3
+    for file in (tmp_path / "cache").glob("*.npz"):
+        os.truncate(file, 500)
+    one_line(make, "--cache-dir", "damaged", "delete it")
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux, which counts")
+def test_two_processes_go_through_an_array_once_and_read_half_each(tmp_path):
+    """Counted by the system: bytes that each process read from files while it made batches; and each row once."""
+    numbered(tmp_path / "X.npy", 40_000, 64)
+    path = tmp_path / "count.py"
+    path.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import data, runs, torch, topk_sae
+from sources import arrays
+arrays.SMALL, real = 0, arrays.survey
+arrays.survey = lambda *args: print("survey") or real(*args)
+args = topk_sae.parse_args(sys.argv[1:])
+source = data.open_source(args, runs.setup(args))
+read = lambda: int(open("/proc/self/io").readline().split()[1])
+before = read()
+x = torch.cat([source.batch(step) for step in range(source.per_epoch)])
+print("read", read() - before, source.per_epoch * args.batch_size * 256, flush=True)
+rows = ((x / source.scale + source.mean)[:, 0]).round().long()
+torch.save(rows, f"{{args.out}}-{{runs.rank()}}")
+""")
+    argv = ["--activations", tmp_path / "X.npy", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "rows"]
+    job = torchrun(path, *argv)
+    assert job.returncode == 0, job.stderr
+    counted = [[int(n) for n in line.split()[1:]] for line in job.stdout.splitlines() if line.startswith("read")]
+    assert job.stdout.count("survey") == 1 and len(counted) == 2
+    assert all(0.5 <= read / all_rows < 0.51 for read, all_rows in counted), counted
+    rows = torch.cat([torch.load(f"{tmp_path / 'rows'}-{r}", weights_only=True) for r in (0, 1)])
+    assert len(rows.unique()) == len(rows) == counted[0][1] // 256
+
+# --- arrays: what is left out ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_outliers_are_dropped(ids, tmp_path, capsys):
+    """Rows with norms above M medians are in no batch, not held out, and not in mean or scale; the share is said
+    and recorded. Without the flag, a line says that nothing is dropped."""
+    x = numbered(tmp_path / "X.npy", 5000, 8)
+    x[:, 0] = np.arange(5000) / 5000
+    loud = np.flatnonzero(np.random.default_rng(2).random(5000) < 0.1)
+    x[loud] *= 1000
+    np.save(tmp_path / "X.npy", x)
+    np.save(tmp_path / "ids.npy", np.arange(5000) // 10)
+    argv = ["--activations", tmp_path / "X.npy", "--batch-size", 100]
+    argv += ["--context-ids", tmp_path / "ids.npy"] if ids else []
+    source_of(*argv)
+    out = capsys.readouterr().out
+    assert "no position and no outlier is dropped" in out and ("share a context" in out) == (not ids)
+    source = source_of(*argv, "--drop-norm", 30)
+    assert f"dropped: {len(loud) / 5000:.2%}" in capsys.readouterr().out
+    assert source.meta["dropped"] == len(loud) / 5000
+    assert 29 < source.meta["norm_cut"] / np.median(np.linalg.norm(np.delete(x, loud, 0), axis=1)) < 32
+    numbers = lambda x: ((x / source.scale + source.mean)[:, 0] * 5000).round().long().tolist()
+    epoch = numbers(torch.cat([source.batch(s) for s in range(source.per_epoch)]))
+    held = numbers(source.heldout())
+    assert not set(loud) & {*epoch, *held} and len({*epoch, *held}) == len(epoch) + len(held) > 4300
+    rest = np.setdiff1d(np.arange(5000), [*loud, *source.shards.held])
+    centred = x[rest] - x[rest].astype(np.float64).mean(0)
+    assert np.allclose(source.mean, x[rest].mean(0), atol=1e-5)
+    assert np.isclose(np.linalg.norm(centred, axis=1).mean(), 8 ** 0.5 / source.scale, rtol=4e-4)
+
+@pytest.mark.parametrize("order", ["in order", "shuffled"])
+def test_held_out_contexts_are_whole(order, tmp_path):
+    """With --context-ids no context has rows on both sides; without, nearly every held-out row has a neighbour
+    of its context in training (control)."""
+    ids = np.arange(20_000) // 50 * 7 - 1000
+    if order == "shuffled":
+        ids = np.random.default_rng(3).permutation(ids)
+    numbered(tmp_path / "X.npy", 20_000)
+    np.save(tmp_path / "ids.npy", ids)
+    def sides(*more):
+        source = source_of("--activations", tmp_path / "X.npy", "--batch-size", 50, *more)
+        train = torch.cat([raw(source, source.batch(s)) for s in range(source.per_epoch)])
+        held = raw(source, source.heldout())
+        assert len({*train.tolist(), *held.tolist()}) == len(train) + len(held)
+        return ids[train], ids[held]
+    train, held = sides("--context-ids", tmp_path / "ids.npy")
+    assert not set(train) & set(held) and 0.04 < len(held) / 20_000 <= 0.05 and len(train) > 0.94 * 20_000
+    train, held = sides()
+    assert np.isin(held, train).mean() > 0.9
 
 @pytest.mark.claims
 def test_memory_is_bounded_by_the_buffer_not_the_array(tmp_path):
     """Reading an array three times as large, 0.9 GB, takes at most 100 MB more memory."""
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, runs, topk_sae\n"
-              "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '8192'])\n"
+              "args = topk_sae.parse_args(['--activations', sys.argv[2], '--batch-size', '8192',\n"
+              "                            '--cache-dir', sys.argv[2] + '-cache'])\n"
               "source = data.open_source(args, runs.setup(args))\n"
               "for step in range(source.per_epoch): source.batch(step)\n"
               "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))")
@@ -427,7 +554,7 @@ def test_refuses_a_damaged_cache(tiny_lm, text, tmp_path, one_line):
     (folder / "manifest.json").write_text(manifest.replace('"layer": 1', '"layer": 2'))
     refuses(one_line, tmp_path, argv, "manifest", "delete")
 
-def test_refuses_bad_arrays(tmp_path, one_line):
+def test_refuses_bad_arrays(tmp_path, one_line, monkeypatch):
     x = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32)
     no = lambda path, *words, more=(): refuses(
         one_line, tmp_path, ["--activations", path, "--batch-size", 64, *more], *words)
@@ -450,6 +577,31 @@ def test_refuses_bad_arrays(tmp_path, one_line):
     no(tmp_path / "cut.npy", "cut.npy", "readable")
     (tmp_path / "hollow").mkdir()
     no(tmp_path / "hollow", "without .npy")
+    tensor = torch.from_numpy(x)
+    def stored(name, **tensors):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file(tensors, tmp_path / name)
+        return tmp_path / name
+    no(stored("two.safetensors", a=tensor, b=tensor + 1), "2 tensors", "one")
+    no(stored("rank.safetensors", a=tensor.reshape(10, 50, 6)), "shape (10, 50, 6)", "[N, D]")
+    no(stored("int.safetensors", a=tensor.int()), "I32", "bfloat16")
+    whole = stored("whole.safetensors", a=tensor).read_bytes()
+    for name, content in dict(short=whole[:-1], long=whole + b"0", empty=b"", length=b"\xff" * 7 + b"\x7f" + whole[8:],
+                              text=b"text" * 100, deep=(8).to_bytes(8, "little") + b"[[[[[[[[").items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        no(tmp_path / f"{name}.safetensors", f"{name}.safetensors", "not a readable .safetensors")
+    saved("mixed/a.npy", x), stored("mixed/b.safetensors", a=tensor)
+    no(tmp_path / "mixed", ".npy and .safetensors", "one kind")
+    ids = lambda array: ["--context-ids", saved("ids.npy", array)]
+    no(good, "--context-ids", "(400,)", "500 rows", more=ids(np.arange(400)))
+    no(good, "--context-ids", "float64", "integer", more=ids(np.arange(500.0)))
+    no(good, "--context-ids", "10 contexts", "at least 20", more=ids(np.arange(500) // 50))
+    with monkeypatch.context() as m:
+        m.setattr(arrays, "SMALL", 0)
+        no(good, "--context-ids", "not a readable .npy", more=["--context-ids", tmp_path / "none.npy"])
+    no(good, "--drop-norm", "at least 1", more=["--drop-norm", 0.5])
+    for flag in ("--drop-norm", "--context-ids"):
+        refuses(one_line, tmp_path, ["--model", "toy", flag, 2], flag, "no meaning")
     no(good, "--batch-size 512", "at most", more=["--batch-size", 512])
     no(good, "--k 60", "--d-sae 48", more=["--k", 60])
     no(good, "--k", "at least 1", more=["--k", 0])
@@ -460,7 +612,7 @@ def test_refuses_bad_arrays(tmp_path, one_line):
                         ("--auxk-alpha", -1), ("--batch-size", "1e30"), ("--log-every", 0)]:
         no(good, flag, more=[flag, value])
     no(good, "--toy", "no meaning", more=["--toy", "flat"])
-    for flag in ("--text", "--layer", "--context", "--cache-tokens", "--cache-dir"):
+    for flag in ("--text", "--layer", "--context", "--cache-tokens"):
         no(good, flag, "no meaning", more=[flag, 9])
     if not torch.cuda.is_available():
         no(good, "--device cuda", "--device cpu", more=["--device", "cuda"])
@@ -513,7 +665,7 @@ def limited(n):
 def test_a_full_disk_is_one_line_and_harms_nothing(array, tmp_path):
     """A limit on file sizes stands in for the disk: writing fails just as abruptly."""
     argv = ["topk_sae.py", "--activations", array[0], "--k", 2, "--batch-size", 512, "--out",
-            tmp_path / "run", "--save-every", 4]
+            tmp_path / "run", "--save-every", 0]
     run = run_script(*argv, "--tokens", 4096, preexec_fn=limited(20_000))
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     assert "cannot write" in run.stderr and "--out" in run.stderr

@@ -170,6 +170,43 @@ def test_consistency_by_hand():
     other = metrics.consistency([(W, peak), (other, peak)])
     assert other["matched_cosine"] < 0.7 and other["alike"][-1]["0.9"] == 0
 
+def test_matching_of_many_latents(monkeypatch):
+    """Above EXACT rows: the greedy matching, nearest pair first, by a loop over all pairs in order of their cosine; then
+    the exact one of the last EXACT. It is one to one, and its sum between 95 % of the best one's and that. Blocks
+    change nothing; nor do rows that are all equal."""
+    g = torch.Generator().manual_seed(7)
+    unit = lambda n: torch.nn.functional.normalize(torch.randn(n, 12, generator=g), dim=1)
+    a, b = unit(300), unit(300)
+    best = metrics.one_to_one(a, b, None)
+    monkeypatch.setattr(metrics, "EXACT", 0)
+    monkeypatch.setattr(metrics, "BLOCK", 64)
+    monkeypatch.setattr(metrics, "match", lambda a, b: (torch.arange(0), torch.arange(0), a @ b.T))
+    i, j, c = metrics.one_to_one(a, b, metrics.nearest(a, b))
+    pairs, free = {}, [set(range(300)), set(range(300))]
+    for flat in (a @ b.T).flatten().argsort(descending=True).tolist():
+        m, n = divmod(flat, 300)
+        if m in free[0] and n in free[1]:
+            pairs[m] = n
+            free[0].remove(m), free[1].remove(n)
+    assert dict(zip(i.tolist(), j.tolist())) == pairs and len(pairs) == 300
+    assert torch.allclose(c, (a * b[[pairs[m] for m in range(300)]]).sum(1)[i], atol=1e-6)
+    assert 0.95 * best[2].sum() < c.sum() <= best[2].sum()
+    i, j, _ = metrics.one_to_one(a[:1].expand(9, 12), a[:1].expand(9, 12), metrics.nearest(*2 * [a[:1].expand(9, 12)]))
+    assert sorted(i.tolist()) == sorted(j.tolist()) == list(range(9))
+    monkeypatch.undo()
+    monkeypatch.setattr(metrics, "EXACT", 50)
+    i, j, c = metrics.one_to_one(a, b, metrics.nearest(a, b))
+    assert len(i.unique()) == len(j.unique()) == 300 and 0.95 * best[2].sum() < c.sum() <= best[2].sum()
+    assert not metrics.consistency([(a, torch.ones(300)), (b, torch.ones(300))])["exact"]
+
+def test_fvu_of_prefixes(random_sae):
+    x = torch.randn(5000, 12, generator=torch.Generator().manual_seed(1)) + 3
+    got = metrics.prefixes(random_sae, x, x.double().mean(0), [5, 17, 40])
+    for m, fvu in got.items():
+        x_hat = random_sae.codes(x)[:, :m] @ random_sae.t["W_dec"][:m] + random_sae.t["b_dec"]
+        assert abs(fvu - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()) < 1e-5
+    assert abs(got[40] - metrics.reconstruction(random_sae, x, x.double().mean(0))[0]["fvu"]) < 1e-6
+
 # --- saved SAEs -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -477,3 +514,29 @@ def test_a_latent_that_is_not_there(lm_run, one_line):
     flags, tmp = lm_run
     path = save(tmp / "few", torch.eye(32), torch.eye(32), flags=flags)
     one_line(lambda: evaluate.main([str(path), "--features", "32", "--contexts", "0"]), "0 to 31")
+
+@pytest.mark.parametrize("tiny_lm", ["gpt2"], indirect=True)
+def test_runs_of_an_array_in_the_language_model(lm_run, tmp_path, capsys):
+    """Two Matryoshka runs of --activations, with dropped rows and whole contexts: on their own data with the same rows
+    held out, then, with --model, --layer and --text, cross-entropy, KL, agreement and the FVU of each level."""
+    flags, tmp = lm_run
+    np.save(tmp_path / "X.npy", np.random.default_rng(0).normal(size=(4000, 32)).astype(np.float32))
+    np.save(tmp_path / "ids.npy", np.arange(4000) // 20)
+    outs = [tmp_path / name for name in "ab"]
+    for seed, out in enumerate(outs):
+        run("matryoshka", "--activations", tmp_path / "X.npy", "--drop-norm", 1.2, "--context-ids", tmp_path / "ids.npy",
+            "--d-sae", 64, "--k", 4, "--tokens", 6400, "--batch-size", 64, "--seed", seed, "--out", out)
+    held = json.loads((outs[0] / "cfg.json").read_text())["metadata"]["results"]["heldout_tokens"]
+    row = lambda out: json.loads((out / "evaluation.json").read_text())
+    assert evaluate_lm(*outs) == 0
+    levels = list(row(outs[0])["levels"].values())
+    assert len(levels) == 5 and levels[0] > levels[-1]
+    assert abs(row(outs[0])["tokens"] - 2 * held) <= 1 and "dropped: " in capsys.readouterr().out
+    assert evaluate_lm(*outs, "--model", flags["model"], "--layer", 2, "--text", flags["text"], "--context", 16,
+                       "--cache-dir", flags["cache_dir"], "--contexts", 10, "--consistency") == 0
+    out = capsys.readouterr().out
+    assert "was trained on" in out and "Agreement between seeds" in out and "FVU of the first latents" in out
+    for got in map(row, outs):
+        assert got["language"]["kl"] > 0 and got["language"]["contexts"] == 10 and got["consistency"]["exact"]
+        assert list(got["levels"]) == ["2", "6", "14", "30", "64"]
+        assert abs(got["levels"]["64"] - got["fvu"]) < 1e-5

@@ -180,8 +180,8 @@ def test_resume_of_another_script(tmp_path, one_line):
 
 @pytest.mark.parametrize("variant, flags", [*((v, []) for v in VARIANTS),
                                             ("matryoshka", ["--random-widths"])])
-def test_resumes_from_a_save_between_checks(variant, flags, tmp_path, monkeypatch):
-    """Killed without warning after step 17: the save of step 14, between two checks, is exact."""
+def test_resumes_from_a_save(variant, flags, tmp_path, monkeypatch):
+    """Killed without warning after step 17: the save of step 10 is exact, and the log goes on from there."""
     whole = toy_run(variant, tmp_path / "whole", *flags)
     real, calls = script(variant).train_step, []
     def step(*a, **kw):
@@ -191,9 +191,9 @@ def test_resumes_from_a_save_between_checks(variant, flags, tmp_path, monkeypatc
         return real(*a, **kw)
     with monkeypatch.context() as m, pytest.raises(MemoryError):
         m.setattr(script(variant), "train_step", step)
-        toy_run(variant, tmp_path / "cut", "--save-every", 7, "--log-every", 1, *flags)
-    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 14
-    again = lambda: toy_run(variant, tmp_path / "cut", "--resume", "--save-every", 7, "--log-every", 1,
+        toy_run(variant, tmp_path / "cut", "--save-every", 0, "--log-every", 1, *flags)
+    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 10
+    again = lambda: toy_run(variant, tmp_path / "cut", "--resume", "--save-every", 0, "--log-every", 1,
                             *flags)
     assert equal(whole, again())
     steps = [json.loads(line)["step"] for line in open(tmp_path / "cut/metrics.jsonl")]
@@ -201,6 +201,21 @@ def test_resumes_from_a_save_between_checks(variant, flags, tmp_path, monkeypatc
     with open(tmp_path / "cut/metrics.jsonl", "a") as f:
         f.write('{"step": 31, "lo')                                      # as a full disk leaves it
     assert equal(whole, again())                                         # finished: nothing to do
+
+def test_saves_by_the_clock(tmp_path, monkeypatch):
+    """--save-every is in minutes, fractions too: with steps of 3 s, state.pt is written at the first check after each 36 s
+    since the last, and at the end; by default not before the end."""
+    now, real, saves = [0.0], runs.save_state, []
+    def end_step(self, *args, end_step=runs.Run.end_step):
+        now[0] += 3
+        end_step(self, *args)
+    monkeypatch.setattr(runs.Run, "end_step", end_step)
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(runs, "save_state", lambda *args: saves.append(args[-1]) or real(*args))
+    toy_run("topk", tmp_path / "a", "--save-every", 0.6, "--tokens", 64 * 70)
+    assert saves == [20, 40, 60, 70]
+    toy_run("topk", tmp_path / "b", "--tokens", 64 * 70)
+    assert saves[4:] == [70]
 
 def test_ctrl_c_on_the_command_line(tmp_path):
     argv = ["topk_sae.py", "--model", "toy", "--k", "5", "--tokens", "1e9", "--log-every", "10",
@@ -393,7 +408,7 @@ def test_equal_rows_do_not_cost_the_weights(variant, array, tmp_path):
     argv = ["--activations", tmp_path / "X.npy", "--d-sae", 32, "--batch-size", 64, "--tokens", 64 * 10,
             *FLAGS.get(variant, [])]
     source = data.open_source(script(variant).parse_args([str(a) for a in argv]), torch.device("cpu"))
-    x[source.heldout_rows()] = np.float32(0.1)                          # whose mean is rounded
+    x[source.shards.numbers(source.heldout_rows())] = np.float32(0.1)                          # whose mean is rounded
     np.save(tmp_path / "X.npy", x)
     run(variant, *argv, "--out", tmp_path / "run")
     cfg, tensors = runs.load_sae(tmp_path / "run")
@@ -509,7 +524,7 @@ CHANGES = {                       # flags that change the weights of toy_run, an
     "gamma_down": 0.2, "gamma_up": 0.0, "relu": None, "train_b_dec": None}
 ELSEWHERE = {                     # flags whose effect another test shows
     "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
-    "out", "resume", "compile", "dense", "log_every", "save_every", "tied", "untied"}
+    "drop_norm", "context_ids", "out", "resume", "compile", "dense", "log_every", "save_every", "tied", "untied"}
 ONLY_LOGGED = {"dead_after"}      # where no AuxK acts on the dead
 
 def flags_of(variant):

@@ -292,7 +292,8 @@ def save_state(args, source, sae, opt, state, step):
     if rank() == 0:
         with replacing(args.out / "state.pt", "--out") as tmp:
             torch.save(dict(sae=sae.state_dict(), opt=opt.state_dict(), state=state, step=step,
-                            flags=flags(args), mean=source.mean, source=source.state()), tmp)
+                            flags=flags(args), mean=source.mean,
+                            source=source.state(step < args.steps)), tmp)
 
 def load_state(args, source, sae, opt, state):
     """Fill sae, opt and state with what save_state wrote; returns the steps done. Fails if a flag
@@ -310,9 +311,9 @@ def load_state(args, source, sae, opt, state):
             flag = "--" + name.replace("_", "-")
             fail(f"--resume: {flag} was {old.get(name)} in that run and is {value} now; they must "
                  "agree, or choose another --out for a new run")
+    source.restore(saved["source"])
     if (mean - source.mean).norm() * source.scale > 1e-3:
         fail(f"--resume: the data of {args.out} have changed since; choose another --out")
-    source.restore(saved["source"])
     sae.load_state_dict(saved["sae"])
     opt.load_state_dict(saved["opt"])
     state.update(saved["state"])

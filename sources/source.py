@@ -3,7 +3,8 @@
 A source has d_in, mean [D], scale, batch(step), heldout(), meta (for cfg.json) and truth (the Toy
 whose features are known, or None). `batch(step)` gives x [B, D] float32 on the device, a pure
 function of seed and step: every script sees the same data in the same order, and resuming needs the
-step alone. Under torchrun B is this process's slice of the global batch.
+step alone (of a stream also what state() gives). Under torchrun B is this process's slice of the
+global batch.
 
 The scripts see x' = (x - mean) * scale with E|x'| = sqrt(D) over the training part (the scale of
 Anthropic, April 2024; centred first, so that b_dec = 0 is the data mean). runs.fold puts both into
@@ -18,7 +19,7 @@ import runs
 HELD_OUT = 0.05               # share of the data kept for evaluation
 
 class Source:
-    """A subclass gives _load(step) and _heldout(): raw rows on the CPU as torch tensors."""
+    """A subclass gives _load(step), or its own batch(step), and _heldout(): raw rows as tensors."""
     truth = None
 
     def __init__(self, args, device, d_in, mean, mean_norm, meta):
@@ -42,12 +43,12 @@ class Source:
         self.next = step + 1, load(step + 1)                  # the next batch loads meanwhile
         return self.scaled(now.result())
 
-    def state(self):
-        """What batch() needs besides the step, for --resume: nothing, but for a stream."""
+    def state(self, more):
+        """What batch() needs beside the step, if more steps follow: nothing, but for a stream."""
         return {}
 
     def restore(self, saved):
-        """Take back what state() gave."""
+        """Take back what state() gave, for --resume; fails if that was of other data."""
 
     def heldout(self):
         """x [M, D] that no batch contains, M <= 65536, centred and scaled like the batches."""

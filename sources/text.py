@@ -60,8 +60,16 @@ def text_hash(text):
     """Identity of the text: sha256 of its files, or of its name for a hub data set."""
     h = hashlib.sha256(text.encode() if is_hub_dataset(text) else b"")
     for path in [] if is_hub_dataset(text) else text_files(text):
-        h.update(f"{path.suffix} {path.stat().st_size} ".encode() + path.read_bytes())
+        h.update(f"{path.suffix} {path.stat().st_size} ".encode())
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 24):
+                h.update(piece)
     return h.hexdigest()
+
+def text_size(text):
+    """Bytes of the files of --text; None for a hub data set."""
+    if not is_hub_dataset(text):
+        return sum(path.stat().st_size for path in text_files(text))
 
 def parts(text):
     """Yields (part, whether a document ends with it): documents in parts of 100,000 characters."""

@@ -524,7 +524,8 @@ CHANGES = {                       # flags that change the weights of toy_run, an
     "gamma_down": 0.2, "gamma_up": 0.0, "relu": None, "train_b_dec": None}
 ELSEWHERE = {                     # flags whose effect another test shows
     "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
-    "drop_norm", "context_ids", "out", "resume", "compile", "dense", "log_every", "save_every", "tied", "untied"}
+    "stream", "buffer", "epochs", "drop_norm", "context_ids", "out", "resume", "compile", "dense", "log_every",
+    "save_every", "tied", "untied"}
 ONLY_LOGGED = {"dead_after"}      # where no AuxK acts on the dead
 
 def flags_of(variant):

@@ -1,9 +1,12 @@
 """--stream: the ring, the order of its rows, the head, --resume, processes, and what is refused."""
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -55,8 +58,8 @@ def equal(a, b):
 
 class Numbered:
     """A stream whose rows hold their own numbers, as digits that fp16 holds."""
-    D, taken = 3, 0
-    def take(self, ring, slots, desc=None):
+    taken, rows, thread = 0, (), None
+    def take(self, ring, slots, bar=None):
         n = torch.arange(self.taken, self.taken + len(slots))
         ring[slots] = torch.stack([n % 1000, n // 1000 % 1000, n // 1000_000], 1).half()
         self.taken += len(slots)
@@ -64,19 +67,20 @@ class Numbered:
 def ring_source(rows, batch, seed=0):
     source = object.__new__(stream.StreamSource)
     source.args, source.device, source.seed, source.batch_size = Namespace(buffer=rows), CPU, seed, batch
+    source.last = 99
     source.d_in, source.mean, source.scale, source.slice = 3, torch.zeros(3), 1.0, slice(0, batch)
-    source.stream, source.ring, source.half = Numbered(), None, -1
-    source.steps_a_half, source.manifest, source.open = rows // 2 // batch, {"rows_in_a_piece": 1}, Numbered
+    source.stream, source.ring, source.refill = Numbered(), None, -1
+    source.steps, source.open = rows // 2 // batch, Numbered
     return source
 
 def numbers(x):
     return (x.double() @ torch.tensor([1.0, 1000.0, 1e6]).double()).long()
 
 def test_each_row_is_served_once():
-    """After three halves, the rows served and those in the ring are all that were taken, each once."""
+    """After three refills, the rows served and those in the ring are all that were taken, each once."""
     source = ring_source(10_000, 300)
     served = torch.cat([numbers(source.batch(step)) for step in range(3 * 16)])
-    source.fill()
+    source.next_refill()
     assert source.stream.taken == 10_000 + 3 * 16 * 300
     assert sorted([*served.tolist(), *numbers(source.ring).tolist()]) == list(range(source.stream.taken))
 
@@ -90,7 +94,7 @@ def test_batches_are_a_function_of_seed_and_step():
 
 def test_batches_are_mixed():
     """As for stored arrays: were each row of a batch of any of the C contexts in the ring with probability 1 / C,
-    one batch in 10,000 would have more than `most` rows of one context; none of 200 does, in any half. Control:
+    one batch in 10,000 would have more than `most` rows of one context; none of 200 does. Control:
     a ring that holds 16 contexts for each of its batches (SAELens' buffer held one model batch) fails."""
     def largest(rows):
         source = ring_source(rows, 2048)
@@ -129,12 +133,12 @@ def test_the_head_is_a_cache_of_rows_that_are_never_served(gpt2, folder, tmp_pat
     source.batch(0)
     rows = torch.cat([source.scaled(source.ring)])
     assert rows.mean(0).norm() < 0.2 and abs(rows.norm(dim=1).mean() - 32 ** 0.5) < 0.05
-    real, begun = stream.Stream.seek, []
-    stream.Stream.seek = lambda self, epoch, piece: begun.append((epoch, piece)) or real(self, epoch, piece)
+    real, begun = stream.Stream.start, []
+    stream.Stream.start = lambda self, epoch, piece: begun.append((epoch, piece)) or real(self, epoch, piece)
     try:
         source.batch(585)
     finally:
-        stream.Stream.seek = real
+        stream.Stream.start = real
     assert begun == [(1, source.manifest["held_pieces"])]                    # and the first pass began there, too
     again = source_of(argv)
     assert again.stream is None and torch.equal(again.heldout(), source.heldout()) and again.scale == source.scale
@@ -156,26 +160,34 @@ def test_outliers_are_dropped(gpt2, folder, tmp_path, monkeypatch):
 
 # --- runs -----------------------------------------------------------------------------------------
 
-def killed(argv, out, step):
-    """A run that SIGKILL ends before this step, its last save being that of step 70."""
-    cut = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import topk_sae as script\n"
-           "real = script.train_step\n"
-           "def train_step(sae, opt, x, state, step, *rest):\n"
-           f"    if step == {step}: os.kill(os.getpid(), signal.SIGKILL)\n"
-           "    return real(sae, opt, x, state, step, *rest)\n"
-           "script.train_step = train_step\nscript.train(script.parse_args())\n")
-    path = out.with_name("killed.py")
-    path.write_text(cut)
+def hooked(tmp_path, lines):
+    """topk_sae.py after these lines of Python, as a file."""
+    path = tmp_path / "hooked.py"
+    path.write_text(f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, topk_sae as script\n"
+                    f"from sources.stream import Stream\n{lines}\n"
+                    "with script.runs.one_line_errors():\n    script.train(script.parse_args())\n")
     return path
 
+# SIGKILL within the refill before step 64: the last save is that of step 60
+KILL = """
+take, calls = Stream.take, []
+def killed(self, ring, slots, bar=None):
+    calls.append(1)
+    if len(calls) == 5:
+        take(self, ring, slots[:100])
+        os.kill(os.getpid(), signal.SIGKILL)
+    take(self, ring, slots, bar)
+Stream.take = killed"""
+
 def test_resume_is_exact(gpt2, folder, tmp_path):
-    """Killed between two refills and resumed, a run ends with the very weights of one that was not."""
+    """Killed during a refill and resumed, a run ends with the very weights of one that was not."""
     argv = flags(gpt2, folder, tmp_path, "--save-every", 0)
     whole, out = train(argv, tmp_path / "whole"), tmp_path / "cut"
-    job = subprocess.run([sys.executable, killed(argv, out, 75), *argv, "--out", out], cwd=ROOT, capture_output=True)
-    assert job.returncode == -9 and torch.load(out / "state.pt", weights_only=True)["step"] == 70
+    job = subprocess.run([sys.executable, hooked(tmp_path, KILL), *argv, "--out", out], cwd=ROOT, capture_output=True)
+    assert job.returncode == -9 and torch.load(out / "state.pt", weights_only=True)["step"] == 60
     assert equal(train(argv, out, "--resume"), whole)
     assert SAE(out).d_in == 32
+    assert (out / "state.pt").stat().st_size < 8192 * 32 * 2               # the last save has no ring
 
 def torchrun(*argv):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
@@ -186,38 +198,83 @@ def losses(out):
     return [json.loads(line)["loss"] for line in open(out / "metrics.jsonl")]
 
 def test_two_processes_see_the_rows_of_one(gpt2, folder, tmp_path):
-    """The head is the same to the bit; the loss of the first batches to 1e-6."""
-    argv = flags(gpt2, folder, tmp_path, "--log-every", 1, "--tokens", 256 * 40)
-    train(argv, tmp_path / "one")
-    job = torchrun("topk_sae.py", *flags(gpt2, folder, tmp_path / "other", "--log-every", 1, "--tokens", 256 * 40),
-                   "--out", tmp_path / "two")
+    """Head and batches are the same to the bit, before and after refills; the loss to 1e-6, while the weights are."""
+    argv = lambda where: flags(gpt2, folder, where, "--log-every", 1, "--tokens", 256 * 40)
+    lines = f"""
+real = script.train_step
+def step(sae, opt, x, state, step, *rest):
+    torch.save(x, f"{tmp_path}/{{step}}-{{os.environ['RANK']}}.pt")
+    return real(sae, opt, x, state, step, *rest)
+script.train_step = step"""
+    train(argv(tmp_path), tmp_path / "one")
+    job = torchrun(hooked(tmp_path, lines), *argv(tmp_path / "other"), "--out", tmp_path / "two")
     assert job.returncode == 0, job.stderr
     heads = [next(p.glob("cache/*stream*")) for p in (tmp_path, tmp_path / "other")]
     for name in ("acts-00000.npy", "mean.npy", "tokens.npy", "manifest.json"):
         assert (heads[0] / name).read_bytes() == (heads[1] / name).read_bytes(), name
+    source = source_of(argv(tmp_path))
+    for step in (0, 15, 16, 39):                                             # a refill every 16 steps
+        parts = [torch.load(tmp_path / f"{step}-{r}.pt", weights_only=True) for r in range(2)]
+        assert torch.equal(torch.cat(parts), source.batch(step))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 40 and np.allclose(one[:10], two[:10], rtol=1e-6), (one[:10], two[:10])
     assert np.allclose(one, two, rtol=1e-3)
 
 @pytest.mark.claims
 def test_resume_of_two_processes_is_exact(gpt2, folder, tmp_path):
-    argv, out = flags(gpt2, folder, tmp_path, "--save-every", 0), tmp_path / "cut"
+    """With two again, to the bit; with one, the same but for rounding. A rank that fails takes the other with it."""
+    argv, out, alone = flags(gpt2, folder, tmp_path, "--save-every", 0), tmp_path / "cut", tmp_path / "alone"
     assert torchrun("topk_sae.py", *argv, "--out", tmp_path / "whole").returncode == 0
-    assert torchrun(killed(argv, out, 75), *argv, "--out", out).returncode
+    assert torchrun(hooked(tmp_path, KILL), *argv, "--out", out).returncode
+    shutil.copytree(out, alone)
     again = torchrun("topk_sae.py", *argv, "--out", out, "--resume")
     assert again.returncode == 0, again.stderr
-    assert equal(runs.load_sae(out)[1], runs.load_sae(tmp_path / "whole")[1])
-    one = train(argv, tmp_path / "one", "--tokens", "20480")                # of two processes it goes on with one
-    assert torchrun(killed(argv, out, 75), *argv, "--out", tmp_path / "third").returncode
-    assert one and train(argv, tmp_path / "third", "--resume")
+    whole = runs.load_sae(tmp_path / "whole")[1]
+    assert equal(runs.load_sae(out)[1], whole)
+    rest = train(argv, alone, "--resume")
+    assert all(torch.allclose(rest[n], whole[n], atol=0.02) for n in whole)
+    fail = """
+if os.environ["RANK"] == "1":
+    Stream.harvest = lambda self, piece: script.runs.fail("--layer: broken")"""
+    job = torchrun(hooked(tmp_path, fail), *argv, "--out", tmp_path / "bad")
+    said = [line for line in job.stderr.splitlines() if "error: --" in line]
+    assert job.returncode and len(said) == 1 and "rank 1: error: --layer: broken" in said[0], job.stderr
+
+def test_harvesting_ahead_changes_nothing(gpt2, folder, tmp_path, monkeypatch):
+    """As on a GPU, in a thread, but on the CPU: the same batches, also after --resume."""
+    source, argv = source_of(flags(gpt2, folder, tmp_path)), flags(gpt2, folder, tmp_path)
+    real = stream.Stream.__init__
+    def threaded(self, *args):
+        real(self, *args)
+        self.thread = ThreadPoolExecutor(1)
+    monkeypatch.setattr(stream.Stream, "__init__", threaded)
+    ahead, second = source_of(argv), source_of(argv)
+    for step in range(40):
+        assert torch.equal(ahead.batch(step), source.batch(step))
+        assert step != 20 or len(ahead.stream.ahead) > 0
+    second.restore(ahead.state(True))
+    for step in range(40, 100):
+        assert torch.equal(second.batch(step), source.batch(step))
+    assert len(second.stream.ahead) <= 1                                     # no more after the last refill
+
+@pytest.mark.parametrize("script", ["vanilla", "gated", "matryoshka", "ordered", "gba"])
+def test_the_other_scripts_stream(script, gpt2, folder, tmp_path_factory):
+    tmp_path = tmp_path_factory.getbasetemp() / "others"                    # with one head
+    m = importlib.import_module(f"{script}_sae")
+    argv = flags(gpt2, folder, tmp_path, "--tokens", 256 * 20, "--out", tmp_path / script)
+    i = argv.index("--k")
+    m.train(m.parse_args(argv if script in ("matryoshka", "ordered") else argv[:i] + argv[i + 2:]))
+    assert json.loads((tmp_path / script / "cfg.json").read_text())["metadata"]["results"]["fvu"] < 1
 
 def test_a_text_of_unknown_length_ends_the_run(gpt2, folder, tmp_path, one_line, monkeypatch):
     """One line, and the last saved state stays; --epochs then lets it go on."""
-    monkeypatch.setattr(stream, "is_hub_dataset", lambda name: True)
+    monkeypatch.setattr(stream, "text_size", lambda name: None)
     monkeypatch.setattr(text, "documents", lambda name: (p.read_text() for p in sorted(folder.glob("*.txt"))[:30]))
     monkeypatch.setattr(stream, "PIECE", 32 * 1000)                          # 4,000 rows are held out
-    argv = flags(gpt2, folder, tmp_path, "--save-every", 0, "--tokens", 120_000)
-    one_line(lambda: train(argv, tmp_path / "run"), "--text", "ended after pass 1", "--epochs 2")
+    argv = flags(gpt2, folder, tmp_path, "--tokens", 120_000)
+    one_line(lambda: train(argv, tmp_path / "unsaved"), "ended after pass 1", "or --epochs 2")
+    argv += ["--save-every", "0"]
+    one_line(lambda: train(argv, tmp_path / "run"), "ended after pass 1", f"--resume --out {tmp_path / 'run'} --epochs 2")
     assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] % 10 == 0
     assert train(argv, tmp_path / "run", "--resume", "--epochs", "2")
 
@@ -240,7 +297,7 @@ def test_refuses(gpt2, folder, tmp_path, one_line, array, monkeypatch):
     refuse("--buffer 300", "smaller than two batches", "512", more=["--buffer", 300])
     refuse("--buffer 1000000000000", "GB free", "use at most", more=["--buffer", "1e12"])
     refuse("--cache-tokens", "--stream", more=["--cache-tokens", "1e6"])
-    refuse("--tokens 1000000", "--epochs 12", "a longer text", more=["--tokens", "1e6"])
+    refuse("--tokens 1000000", "--epochs 11", "a longer text", more=["--tokens", "1e6"])
     short = tmp_path / "short.txt"
     short.write_text("alpha beta " * 3000)
     refuse("--text", "fewer than --buffer 8192", "leave out --stream", where=short)
@@ -257,7 +314,7 @@ def test_refuses_to_resume_on_another_text(gpt2, folder, tmp_path, one_line):
     train(argv, tmp_path / "run")
     before = (tmp_path / "run/state.pt").read_bytes()
     (tmp_path / "text/1.txt").write_text((folder / "2.txt").read_text())
-    one_line(lambda: train(argv, tmp_path / "run", "--resume"), "--resume", "changed since")
+    one_line(lambda: train(argv, tmp_path / "run", "--resume"), "--resume", "the text")
     assert (tmp_path / "run/state.pt").read_bytes() == before
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])

@@ -3,7 +3,7 @@
 Stream    The rows of a text in one order. The text is cut into pieces; process p mod W tokenises
           piece p, runs the model on it and sends the rows to the others. So W processes harvest W
           times as fast, and all see the same rows whatever W is. Dropped is what lm.py drops, and
-          the last tokens of a piece, fewer than a context: 1 % of short contexts.
+          the last tokens of a piece, fewer than a context: about 1 % at most.
 Ring      --buffer rows on the training device, fp16, filled once. Half of them are served, in an
           order drawn from (seed, number of the refill); then exactly the rows that were served are
           overwritten by the next of the stream. So a batch draws from the whole ring, and a row
@@ -19,7 +19,7 @@ Resume    state.pt holds the ring, too: 2 D bytes a row whenever it is saved. Th
 """
 import contextlib, math, os, shutil
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
 
 import numpy as np
@@ -52,6 +52,15 @@ def pieces(args):
             piece, size = [], 0
     if piece:
         yield piece
+
+def at_once(function, *args):
+    """What a thread's submit() gives, but the function has run when it returns."""
+    job = Future()
+    try:
+        job.set_result(function(*args))
+    except BadInput as err:
+        job.set_exception(err)
+    return job
 
 class Stream:
     """The rows of --text, fp16 on the device, in the order that the module's docstring says. `cut`
@@ -94,10 +103,8 @@ class Stream:
         """Read pieces until n wait, and harvest those of this process: on a CPU at once, on a GPU
         in a thread and on a CUDA stream of its own, while the SAE trains."""
         for number, piece in islice(self.text, max(0, n - len(self.ahead))):
-            job = None
-            if number % world_size() == rank():
-                job = self.thread.submit(self.harvest, piece).result if self.thread else \
-                    lambda found=self.harvest(piece): found
+            submit = self.thread.submit if self.thread else at_once
+            job = submit(self.harvest, piece) if number % world_size() == rank() else None
             chars = sum(len(part) for part, _ in piece) if self.contexts else 0
             self.ahead.append((number, chars, job))
 
@@ -109,17 +116,17 @@ class Stream:
             return None
         number, chars, job = self.ahead.popleft()
         self.piece, self.chars = number + 1, self.chars + chars
-        x, ids = self.sent(number % world_size(), job) if world_size() > 1 else job()
+        x, ids = self.sent(number % world_size(), job) if world_size() > 1 else job.result()
         for part in (x, ids) if self.side else ():   # not to be freed while this stream reads them
             part.record_stream(torch.cuda.current_stream())
         return x, ids
 
     def sent(self, owner, job):
-        """What job() gives in the process `owner`, in every process."""
+        """The result of `job`, which the process `owner` has, in every process."""
         T, x, n = self.args.context, None, torch.tensor([-1], device=self.device)
         try:
             if job:
-                x, ids = job()
+                x, ids = job.result()
                 n.fill_(len(x))
         finally:                                                  # if it failed, the others stop
             dist.broadcast(n, owner)

@@ -19,7 +19,7 @@ import torch
 import data, runs, topk_sae
 from speed import machine
 
-TOKENS, SEEDS = (1_000_000, 700_000, 500_000, 350_000, 250_000), (0, 1, 2)
+TOKENS, SEEDS = (1_000_000, 850_000, 750_000, 700_000, 500_000), (0, 1, 2)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

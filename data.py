@@ -25,8 +25,8 @@ class ArgumentParser(runs.ArgumentParser):
         add("--text", help="a .txt, a .jsonl (field 'text'), a folder of text files, or a hub data "
                            "set; default: the Python standard library's sources")
         add("--context", type=runs.count, help="tokens per context; default 128, othello 59")
-        add("--cache-tokens", type=runs.count, help="tokens to harvest; default 1e6, or all if "
-                                                    "there are fewer")
+        add("--cache-tokens", type=runs.count, help="tokens to harvest; default 750,000, othello "
+                                                    "1e6, or all if there are fewer")
         add("--cache-dir", type=Path, help="converted models, harvested activations, statistics of "
                                            "--activations; default ~/.cache/six-saes")
         add("--stream", action="store_true", default=None,

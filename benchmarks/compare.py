@@ -5,7 +5,7 @@
     python benchmarks/compare.py evaluate --runs runs/compare           # evaluate.py on all of them
     python benchmarks/compare.py report --runs runs/compare             # tables, frontier and raw figures
 
-smollm2, layer 6, 2M tokens in batches of 2048, 8 D = 4608 latents. Ours: each script with its
+smollm2, layer 6, 1M tokens harvested, 2M trained on in batches of 2048, 8 D = 4608 latents. Ours: each script with its
 defaults at an L0 of 16, 32 and 64 (seeds 0, 1, 2 at 32; BatchTopK and p-annealed L1: seed 0 alone, the latter at
 32), and the settings of OTHER, seed 0. Peers (SAELens 6.54.12, dictionary-learning 0.1.0, eai-sparsify 1.3.3), seed 0, at about 32: each library's own
 training step on the very batches that ours see, already centred and scaled, in bf16. 'tuned': with our learning
@@ -33,6 +33,7 @@ from speed import machine
 RESULTS = ROOT / "benchmarks/results/compare"
 BATCH = 2048
 
+DATA = "--layer 6 --cache-tokens 1000000"
 STEERED = {16: "--target-l0 16", 32: "--target-l0 32", 64: "--target-l0 64"}
 K = {16: "--k 16", 32: "--k 32", 64: "--k 64"}
 METHODS = {                                       # name: script, flags for an L0 of 16, 32 and 64
@@ -41,11 +42,11 @@ METHODS = {                                       # name: script, flags for an L
     "gba": ("gba", {16: "--high 0.018", 32: "--high 0.04", 64: "--high 0.088"}),
     "batchtopk": ("matryoshka", {n: f"--balance 0 {flags}" for n, flags in K.items()}),
     "p-annealed": ("vanilla", {n: f"--p-end 0.2 {flags}" for n, flags in STEERED.items()})}
-OURS = {f"ours-{name}-{l0}-s{seed}": f"{script}_sae.py --layer 6 {flags[l0]} --seed {seed}"
+OURS = {f"ours-{name}-{l0}-s{seed}": f"{script}_sae.py {DATA} {flags[l0]} --seed {seed}"
         for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,)))
         for seed in seeds for name, (script, flags) in METHODS.items()
         if name not in ("batchtopk", "p-annealed") or (seed, l0) == (0, 32) or (name, seed) == ("batchtopk", 0)}
-OTHER = {f"other-{name}": f"{command} --layer 6 --seed 0" for name, command in {    # settings beside those above
+OTHER = {f"other-{name}": f"{command} {DATA} --seed 0" for name, command in {    # settings beside those above
     "tied": "vanilla_sae.py --target-l0 32 --tied", "vanilla-72": "vanilla_sae.py --target-l0 72",
     "ordered-k-start-32": "ordered_sae.py --k-start 32", "ordered-k-anneal-0.5": "ordered_sae.py --k-anneal 0.5",
     "gba-default": "gba_sae.py", "gba-one-group": "gba_sae.py --high 0.0135 --groups 1",
@@ -91,7 +92,7 @@ def tensors_of(library, variant, peer):
 
 def open_layer(steps, seed):
     """smollm2, layer 6, in the batches that ours see, with our settings of the machine; and its flags."""
-    args = data.ArgumentParser(__doc__).parse_args(["--model", "smollm2", "--layer", "6"])
+    args = data.ArgumentParser(__doc__).parse_args(["--model", "smollm2", *DATA.split()])
     names = list(vars(args))
     vars(args).update(batch_size=BATCH, seed=seed, tokens=steps * BATCH)
     runs.keep_freed_memory()
@@ -174,7 +175,7 @@ def train(args):
 def evaluate(args):
     """evaluate.py on all finished runs, in one go."""
     names = [n for n in [*COMMANDS, *PEERS] if (args.runs / n / "cfg.json").exists()]
-    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, "--consistency"], cwd=args.runs, check=True)
+    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, "--consistency", *DATA.split()], cwd=args.runs, check=True)
 
 def at_l0(rows, l0, value):
     """value of our runs at this L0: between neighbours, its logarithm is linear in that of L0."""
@@ -226,7 +227,7 @@ def report(args):
     lines += ["", "**Other settings**, ours, seed 0", "", "| script | flags | l0 | fvu | dead |", "|---|---|--:|--:|--:|"]
     for name, command in OTHER.items():
         if name in rows:
-            script, flags = command.replace(" --layer 6 --seed 0", "").partition(" ")[::2]
+            script, flags = command.replace(f" {DATA} --seed 0", "").partition(" ")[::2]
             lines.append(f"| {script} | {f'`{flags}`' if flags else ''} | {rows[name]['l0']:.2f} | {rows[name]['fvu']:.4f} | "
                          f"{rows[name]['dead']:.2%} |")
     lines += ["", "**Agreement of three seeds** (L0 32): mean cosine of latents matched one to one, order; of the latents with the "

@@ -50,7 +50,7 @@ def toy(script, name, d_sae, flags, tokens=3_072_000, batch=1024):
             f"--batch-size {batch} --seed {{seed}}")
 
 def smollm2(script, flags, tokens=2_000_000):
-    return f"{script}_sae.py --layer 6 {flags} --tokens {tokens} --seed {{seed}}"
+    return f"{script}_sae.py --layer 6 --cache-tokens 1000000 {flags} --tokens {tokens} --seed {{seed}}"
 
 def othello(script, flags, tokens=4_000_000):
     return f"{script}_sae.py --model othello --layer 6 {flags} --tokens {tokens} --seed {{seed}}"

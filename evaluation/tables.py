@@ -49,6 +49,16 @@ def tables(rows):
              "legal moves"],
             [[n, *(number(published(b).get(k), form.get(k, ".4f")) for k in shown)]
              for n, b in every]))
+    if scored := [r for r in rows if r.get("monosemanticity")]:
+        beside = scored[0]["monosemanticity"]
+        every = [(r["run"], r["monosemanticity"]) for r in scored] + [
+            ("random, as many and as sparse", beside["random"]),
+            ("coordinates of the activations", beside["neurons"])]
+        out.append(("Monosemanticity score", f"chance {beside['chance']:.4f}, the mean cosine of "
+            "all pairs; 10+: of those active on at least ten inputs; random: for the first run",
+            "run mean \u00b1 best worst 10+ dead".split(),
+            [[n, *(number(m[k]) for k in ("mean", "std", "best", "worst", "mean_10")),
+              f"{m['dead']:,} of {m['of']:,}"] for n, m in every]))
     if toy := [r for r in rows if r.get("truth")]:
         names = "mcc mmcs_truth mmcs_learned found f1 absorbed absorbed_alone hedging".split()
         names = [n for n in names if toy[0]["truth"][n] is not None]

@@ -45,6 +45,10 @@ def properties(boards):
     """bool [..., 128] of boards uint64 [..., 2 or 3]: mine on squares 0 to 63, yours on them."""
     return torch.from_numpy(game.squares(boards[..., :2])).bool().flatten(-2)
 
+def one_hot(truth):
+    """float [M, 192] of properties bool [M, 128]: mine, yours or empty on each square."""
+    return torch.cat([truth, ~(truth[:, :64] | truth[:, 64:])], 1).float()
+
 def property_name(i):
     return f"{game.name(i % 64)} is {'mine' if i < 64 else 'yours'}"
 

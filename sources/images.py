@@ -59,8 +59,9 @@ def find_images(folder):
         runs.fail(f"{folder}: no such folder, or none of {' '.join(sorted(SUFFIXES))} in it")
     return files
 
-def pixels(files, process, size, device):
-    """Yields [n, 3, H, W] of `size` images at a time, as the processor makes them."""
+def outputs(files, process, compute, size, device, flag):
+    """Yields compute(pixels [n, 3, H, W]) for `size` images at a time, as the processor makes
+    them. Fails if the model has no room for them, or they differ in size even then."""
     from PIL import Image
     def read(path):
         try:
@@ -70,7 +71,13 @@ def pixels(files, process, size, device):
             runs.fail(f"{path}: no readable image ({runs.first_line(err)}); remove it")
     for i in range(0, len(files), size):
         images = [read(path) for path in files[i:i + size]]
-        yield process(images=images, return_tensors="pt")["pixel_values"].to(device)
+        try:
+            x = process(images=images, return_tensors="pt")["pixel_values"].to(device)
+            out = compute(x)
+        except (RuntimeError, ValueError) as err:
+            runs.fail(f"{flag}: cannot take {len(images)} of these images at a time "
+                      f"({runs.first_line(err)}); try a smaller --batch-size")
+        yield out
 
 def blocks_of(model, name):
     """The blocks of its vision transformer."""
@@ -138,16 +145,18 @@ def harvest(args, device):
     if not 1 <= args.layer <= len(blocks):
         runs.fail(f"--layer {args.layer}: {args.model} has layers 1 to {len(blocks)}")
     rows = rows_of(model, blocks[args.layer - 1], args.model, args.patches)
-    P = save(args.out / "acts.npy", map(rows, pixels(files, process, args.batch_size, device)),
-             len(files), f"--layer {args.layer}")
+    def write(name, process, compute, flag):
+        parts = outputs(files, process, compute, args.batch_size, device, flag)
+        return save(args.out / name, parts, len(files), flag)
+    P = write("acts.npy", process, rows, f"--model {args.model}, --layer {args.layer}")
     with runs.replacing(args.out / "images.npy", "--out") as tmp, open(tmp, "wb") as f:
         np.save(f, np.arange(len(files)).repeat(P))
     with runs.replacing(args.out / "images.txt", "--out") as tmp:
         tmp.write_text("".join(f"{file}\n" for file in files), encoding="utf-8")
     if args.embed:
         model, process = load(args.embed, "--embed", device)
-        save(args.out / "embeddings.npy", (embedding(model, x)[:, None].expand(-1, P, -1) for x in
-             pixels(files, process, args.batch_size, device)), len(files), f"--embed {args.embed}")
+        write("embeddings.npy", process, lambda x: embedding(model, x)[:, None].expand(-1, P, -1),
+              f"--embed {args.embed}")
     print(f"{len(files):,} images, {len(files) * P:,} rows: {args.out}")
 
 def parse_args(argv=None):

@@ -85,7 +85,7 @@ def test_embeddings(models, photos, tmp_path, kind):
     """A row for each row of acts.npy: the projection of CLIP, the pooled output of SigLIP and DINOv2."""
     harvest(photos, "--model", models["dinov2"], "--layer", 3, "--patches", "--embed", models[kind], "--out", tmp_path)
     model, process = images.load(models[kind], "--embed", "cpu")
-    x = torch.cat(list(images.pixels(images.find_images(photos), process, 5, "cpu")))
+    x = torch.cat(list(images.outputs(images.find_images(photos), process, lambda x: x, 5, "cpu", "")))
     with torch.no_grad():
         want = getattr(model, "vision_model", model)(pixel_values=x).pooler_output
         want = model.visual_projection(want) if kind == "clip" else want
@@ -126,6 +126,11 @@ def test_bad_images_and_models(models, photos, tmp_path, text, one_line, monkeyp
     one_line(lambda: harvest(tmp_path / "bad", "--model", models["clip"], *flags, "--batch-size", 1), "b.png", "remove it")
     assert not list((tmp_path / "h").iterdir())
     one_line(lambda: harvest(photos, "--model", random_lm("gpt2", tmp_path, text), *flags), "cannot be loaded as a model of images")
+    def no_room(*args):
+        raise RuntimeError("out of memory")
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "tokens", no_room)
+        one_line(lambda: harvest(photos, "--model", models["clip"], *flags), "24 of these images", "out of memory", "--batch-size")
     real = images.find_spec
     monkeypatch.setattr(images, "find_spec", lambda name: name != "PIL" and real(name))
     one_line(lambda: harvest(photos, "--model", models["clip"], *flags), "PIL is not installed", "pillow")

@@ -5,6 +5,8 @@
     python evaluate.py RUN --features 12,57              where these latents fire (or: top); on
                                                          othello, what they say of the board
     python evaluate.py RUN RUN RUN --consistency         do the seeds of one setting agree?
+    python evaluate.py RUN --cones                       do few latents give a known direction?
+    python evaluate.py RUN --embeddings E.npy            are inputs that a latent fires on alike?
     python evaluate.py DIR --model smollm2 --layer 6     somebody else's SAELens directory
 
 A RUN is what our scripts write, or any SAELens directory (standard, gated, topk, jumprelu). All are
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import runs
-from evaluation import metrics, page
+from evaluation import cones, metrics, monosemanticity, page
 from evaluation.latents import chosen, features, print_features
 from evaluation.saved import SAE, data_flags, open_data
 from evaluation.tables import agreement, plot, print_table, tables
@@ -42,6 +44,10 @@ def parse_args(argv=None):
     add("--features", help="latents to show: 12,57 or top (the ten with the largest sums; on "
         "othello, that say most about the board)")
     add("--consistency", action="store_true", help="compare runs that differ in --seed alone")
+    add("--cones", action="store_true", help="do few latents add up to the directions of known "
+        "properties? For othello and toys; some seconds a run")
+    add("--embeddings", type=Path, help="monosemanticity by these: .npy or .safetensors, a row for "
+        "each row of --activations (on othello: always, by the boards)")
     add("--html", type=Path, help="write the page there")
     add("--html-features", type=runs.at_least(0), default=60,
         help="latents of each run on the page, evenly spaced by firing rate; default 60")
@@ -97,6 +103,15 @@ def measure(sae, x, mean, source):
         row["truth"] = metrics.recovery(sae, source.truth, source.mean.cpu())
     return row, latents
 
+def references(source, x, probe):
+    """{name: [n, D]}, directions of what is known to be true of raw activations x, for --cones."""
+    if probe:
+        return boards.directions(probe, boards.HeldOut(source), x)
+    if source.truth:
+        return {"true features": source.truth.features.to(x)}
+    runs.fail(f"--cones: of {source.meta['model_name']} no true directions are known; leave it out "
+              "for these runs")
+
 def evaluate_group(key, saes, args):
     """Measure SAEs on one data set: print tables, write evaluation.json; a group for the page."""
     source = open_data(key, saes, args)
@@ -129,6 +144,14 @@ def evaluate_group(key, saes, args):
             row["boards"] = dict(result, baselines=games[1])
         measured = [(sae, row, (rate, peak, f1)) for (sae, row, (rate, peak, _)), (_, f1)
                     in zip(measured, games[0])]               # 'top' sorts by F1, not by sums
+    E = boards.one_hot(boards.HeldOut(source).truth) if games else None
+    if args.embeddings:
+        found = attempt(monosemanticity.embeddings, args.embeddings, source)
+        E = E if found is None else found
+    if E is not None:
+        monosemanticity.report(saes, rows, x, mean, E)
+    if args.cones and (known := attempt(references, source, x, games and games[2])):
+        attempt(cones.report, measured, x, mean, known)
     shown = tables(rows)
     if args.consistency and (table := agreement(measured)):
         shown.append(table)
@@ -153,6 +176,8 @@ def without_nan(value):
     """value with None in the place of each NaN: JSON has none."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and value != value else value
 
 def write(path, text, flag):

@@ -86,6 +86,9 @@ ENTRIES = [
                            "--out benchmarks/results/cache-tokens.md"], ["cache-tokens.md"], 50),
     Entry("large-array", ["python benchmarks/large_array.py --out benchmarks/results/large-array.md"], ["large-array.md"], 4,
           alone=True),                                           # 20 GB in the folder of temporary files
+    three("cones", 150, ["cones.md", "cones.png", "cones.json"], False),
+    Entry("monosemanticity", ["python benchmarks/monosemanticity.py --out benchmarks/results/monosemanticity.md"],
+          ["monosemanticity.md"], 5),
     Entry("run-times", ["python benchmarks/run_times.py --out benchmarks/results/run-times.md"], ["run-times.md"], 40, alone=True),
     Entry("claims", ["pytest -m claims --claims=docs/CLAIMS.md", "python tests/claims.py"], ["docs/CLAIMS.md"], 80, alone=True)]
 NAMES = [entry.name for entry in ENTRIES]

@@ -5,6 +5,7 @@ import runs
 from evaluation import metrics
 
 ALIKE = "0.7", "0.8", "0.9"
+CONES = 1, 2, 4, 8, 16                # budgets that are shown
 
 def number(value, form=".4f"):
     return "\u2013" if value is None or value != value else format(value, form)
@@ -49,6 +50,17 @@ def tables(rows):
              "legal moves"],
             [[n, *(number(published(b).get(k), form.get(k, ".4f")) for k in shown)]
              for n, b in every]))
+    out += cone_tables([r for r in rows if r.get("cones")])
+    if scored := [r for r in rows if r.get("monosemanticity")]:
+        beside = scored[0]["monosemanticity"]
+        every = [(r["run"], r["monosemanticity"]) for r in scored] + [
+            ("random, as many and as sparse", beside["random"]),
+            ("coordinates of the activations", beside["neurons"])]
+        out.append(("Monosemanticity score", f"chance {beside['chance']:.4f}, the mean cosine of "
+            "all pairs; 10+: of those active on at least ten inputs; random: for the first run",
+            "run mean \u00b1 best worst 10+ dead".split(),
+            [[n, *(number(m[k]) for k in ("mean", "std", "best", "worst", "mean_10")),
+              f"{m['dead']:,} of {m['of']:,}"] for n, m in every]))
     if toy := [r for r in rows if r.get("truth")]:
         names = "mcc mmcs_truth mmcs_learned found f1 absorbed absorbed_alone hedging".split()
         names = [n for n in names if toy[0]["truth"][n] is not None]
@@ -59,6 +71,23 @@ def tables(rows):
                 f"{number(r['truth'][n], '.3f')} ({number(r['truth']['chance'][n], '.2f')})"
                 for n in names)] for r in toy]))
     return out
+
+def cone_tables(rows):
+    """A table for each kind of references that the rows have containments of."""
+    for name in rows[0]["cones"] if rows else ():
+        every = [(r["run"], r["cones"][name]) for r in rows]
+        beside = every[0][1]
+        def cells(c):
+            by = c["controls"]["random"]["containment"] if "controls" in c else None
+            return [*(f"{c['containment'][m - 1]:.3f}" + (f" ({by[m - 1]:.2f})" if by else "")
+                      for m in CONES), f"{c['se'][3]:.3f}", f"{c['coverage']['0.5'][3]:.2f}",
+                    f"{c['coverage']['0.9'][15]:.2f}", f"{c['cosine']:.3f}"]
+        yield (f"Concept cones: {name}", f"containment of {beside['references']} directions by m "
+               "latents (by m of as many random ones), its standard error at m = 4, and the share "
+               "above .5 and .9; cosine one to one; below, controls for the first run",
+               ["run", *(f"m = {m}" for m in CONES), "\u00b1", "> .5, m = 4",
+                "> .9, m = 16", "cosine"],
+               [[n, *cells(c)] for n, c in every + list(beside["controls"].items())])
 
 def print_table(title, note, header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -45,6 +45,10 @@ def properties(boards):
     """bool [..., 128] of boards uint64 [..., 2 or 3]: mine on squares 0 to 63, yours on them."""
     return torch.from_numpy(game.squares(boards[..., :2])).bool().flatten(-2)
 
+def one_hot(truth):
+    """float [M, 192] of properties bool [M, 128]: mine, yours or empty on each square."""
+    return torch.cat([truth, ~(truth[:, :64] | truth[:, 64:])], 1).float()
+
 def property_name(i):
     return f"{game.name(i % 64)} is {'mine' if i < 64 else 'yours'}"
 
@@ -147,6 +151,17 @@ class Probe:
         W = self.W.unflatten(1, (64, 3))[:, square]
         return normalize(W[:, 1] - W[:, 0], dim=0)
 
+def directions(probe, held, x):
+    """{kind: [n, D]} of directions of 'square s is mine', '... yours' and '... empty', without the
+    squares that never are: the probe's weights, less their mean over the three, to which softmax
+    is blind; and the mean of x [M, D], raw, where it is so, less the mean of all."""
+    on = one_hot(held.truth).to(x)
+    seen = on.any(0)
+    W = probe.W.unflatten(1, (64, 3)).mT                                     # (D, 3, 64)
+    W = (W - W.mean(1, keepdim=True)).flatten(1).T[seen]
+    means = (on.T @ (x - x.mean(0)))[seen] / on.sum(0)[seen, None]
+    return {"board probes": W, "board means": means}
+
 def accuracy(p, held, rows=slice(None)):
     """Share of squares of which a probe's p [M, 64, 3] says rightly mine, yours or empty."""
     return (p.argmax(-1) == Probe.label(held.truth))[rows].double().mean().item()
@@ -180,12 +195,13 @@ def codes(sae, x, latents=slice(None)):
 
 def report(saes, x, source, model, blocks, layer):
     """Board metrics of each SAE on held-out x [M, D], raw, and the F1 of each of its latents [F]
-    for the property that it detects best: a list. And the metrics of the baselines."""
+    for the property that it detects best: a list. The metrics of the baselines; the probe."""
     held, block, cut, results = HeldOut(source), blocks[layer], source.meta["norm_cut"], []
     for sae in tqdm(saes, desc="boards", unit="run", disable=None):
         result, _, best = measure(codes(sae, x), held.truth, held.first)
         results.append((dict(result, legal=legal_rate(model, block, cut, held, sae)), best["f1"]))
-    p = Probe(source)(x)                                                     # (M, 64, 3)
+    probe = Probe(source)
+    p = probe(x)                                                             # (M, 64, 3)
     by_probe, _, _ = measure(p[..., :2].mT.flatten(1), held.truth, held.first)
     base = {"linear probe": by_probe | dict(accuracy=accuracy(p, held)),
             "model as it is": dict(legal=legal_rate(model, block, cut, held, lambda x: x))}
@@ -193,7 +209,7 @@ def report(saes, x, source, model, blocks, layer):
         h = neurons(model, block, blocks[layer - 1], held.ids)[held.game, held.place]
         base[f"{h.shape[1]} neurons of block {layer - 1}"], _, _ = measure(
             h, held.truth, held.first)
-    return results, dict(base, games=len(held.ids), positions=len(x))
+    return results, dict(base, games=len(held.ids), positions=len(x)), probe
 
 # --- what latents mean ----------------------------------------------------------------------------
 

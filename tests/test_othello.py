@@ -337,9 +337,15 @@ def test_damaged_weights_are_named(tmp_path, monkeypatch, one_line):
 def test_evaluate_says_what_latents_know(run, tmp_path):
     """The table, its baselines, evaluation.json, latents as boards, and the page, by the command line."""
     cache, path = run
-    done = run_script("evaluate.py", path, "--features", "top", "--html", tmp_path / "p.html")
+    done = run_script("evaluate.py", path, "--features", "top", "--html", tmp_path / "p.html", "--cones")
     assert done.returncode == 0, done.stderr
-    found = json.loads((path / "evaluation.json").read_text())["boards"]
+    found = json.loads((path / "evaluation.json").read_text())
+    for kind in "board probes", "board means":                # four squares are never empty
+        cone = found["cones"][kind]
+        assert cone["references"] == 188 and cone["containment"][0] > 3 * cone["controls"]["random"]["containment"][0]
+    score = found["monosemanticity"]
+    assert score["mean"] > score["neurons"]["mean"] and abs(score["neurons"]["mean"] - score["chance"]) < 0.02
+    found = found["boards"]
     base = found["baselines"]
     assert {"linear probe", "model as it is", "768 neurons of block 5"} < set(base)
     assert 0.2 < found["coverage"] < base["linear probe"]["coverage"]

@@ -1,0 +1,98 @@
+"""Is there a sweet spot in sparsity and expansion, where few latents contain most of a known property's direction?
+
+    python benchmarks/cones.py train --runs runs/cones       # resumable: finished runs are kept
+    python benchmarks/cones.py evaluate --runs runs/cones    # into benchmarks/results/cones.json
+    python benchmarks/cones.py report                        # its tables and picture: benchmarks/results/cones.{md,png}
+
+Rocchi, Fel and Franchi 2025 (arXiv 2512.07355) report one in both; their measures and figures could not be had. Ours:
+evaluation/cones.py, on --model othello, layer 6, with 188 directions of the board. TopK with its defaults, 2M tokens in
+batches of 2048, k = 4 ... 128 active of F = 2 D ... 32 D latents, seeds 0 and 1. Containment grows with F by chance: as
+many random directions stand beside it, and the table has what is above them.
+"""
+import argparse, json, shutil, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from speed import machine
+
+RESULTS = ROOT / "benchmarks/results"
+K, EXPANSIONS, SEEDS, D, M = (4, 8, 16, 32, 64, 128), (2, 4, 8, 16, 32), (0, 1), 192, 4
+RUNS = {f"{k}-{e}-s{seed}": f"topk_sae.py --model othello --layer 6 --k {k} --d-sae {e * D} --tokens 2e6 --seed {seed}".split()
+        for seed in SEEDS for k in K for e in EXPANSIONS}
+KINDS = "board probes", "board means"
+SHOWN = {"containment at m = 4": lambda c: c["containment"][M - 1],
+         "above random directions": lambda c: c["containment"][M - 1] - c["controls"]["random"]["containment"][M - 1],
+         "cosine one to one": lambda c: c["cosine"]}
+
+def train(args):
+    args.runs.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, argv in RUNS.items():
+        if not (args.runs / name / "cfg.json").exists():
+            shutil.rmtree(args.runs / name, ignore_errors=True)
+            with open(args.runs / f"{name}.log", "w") as log:
+                code = subprocess.run([sys.executable, *argv, "--out", str(args.runs / name), "--log-every", "500"],
+                                      cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+            print(f"{name}: {'failed; see its .log' if code else 'done'}", flush=True)
+            failed += [name] if code else []
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+def evaluate(args):
+    names = [name for name in RUNS if (args.runs / name / "cfg.json").exists()]
+    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, "--cones", "--contexts", "0"], cwd=args.runs, check=True)
+    rows = {name: json.loads((args.runs / name / "evaluation.json").read_text()) for name in names}
+    rows = {name: {key: row[key] for key in ("fvu", "dead", "cones", "monosemanticity")}
+            | dict(coverage=row["boards"]["coverage"]) for name, row in rows.items()}
+    (RESULTS / "cones.json").write_text(json.dumps(dict(machine=machine(), runs=rows), indent=1) + "\n")
+
+def report(args):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = json.loads((RESULTS / "cones.json").read_text())
+    values = lambda k, e, f: [f(found["runs"][name]) for s in SEEDS if (name := f"{k}-{e}-s{s}") in found["runs"]]
+    def cell(k, e, f):
+        low, high = (format(g(values(k, e, f)), ".3f") for g in (min, max))
+        return low if low == high else f"{low} to {high}"
+    panels = {f"{kind}: {name}": lambda r, kind=kind, f=f: f(r["cones"][kind]) for kind in KINDS for name, f in SHOWN.items()}
+    panels |= {"coverage of board properties (F1)": lambda r: r["coverage"],
+               "monosemanticity above a random dictionary": lambda r: r["monosemanticity"]["mean_10"]
+               - r["monosemanticity"]["random"]["mean_10"]}
+    lines = [f"{found['machine']}; {len(found['runs'])} TopK runs on --model othello, layer 6; ranges over seeds "
+             f"{', '.join(map(str, SEEDS))}. Made by benchmarks/cones.py"]
+    fig, axes = plt.subplots(2, 4, figsize=(15, 6.5))
+    order = [0, 1, 2, 6, 3, 4, 5, 7]                          # of the panels, by rows of the picture
+    for ax, (title, f) in zip(axes.flat, [list(panels.items())[i] for i in order]):
+        mean = [[sum(v) / len(v) if (v := values(k, e, f)) else float("nan") for e in EXPANSIONS] for k in K]
+        ax.imshow(mean, aspect="auto", cmap="viridis")
+        ax.set_xticks(range(len(EXPANSIONS)), [f"{e} D" for e in EXPANSIONS])
+        ax.set_yticks(range(len(K)), K)
+        ax.set(title=title, xlabel="F", ylabel="k")
+        ax.title.set_fontsize(9)
+        for i, row in enumerate(mean):
+            for j, v in enumerate(row):
+                ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white", bbox=dict(
+                    facecolor="black", alpha=0.35, linewidth=0, pad=1))
+        best, k, e = max((v, k, e) for k, row in zip(K, mean) for e, v in zip(EXPANSIONS, row) if v == v)
+        inside = k not in (K[0], K[-1]) and e not in (EXPANSIONS[0], EXPANSIONS[-1])
+        lines += ["", f"**{title[0].upper() + title[1:]}**: highest, {best:.3f}, at k = {k}, F = {e} D, "
+                  f"{'inside' if inside else 'on the edge of'} the range tried", "",
+                  "| | " + " | ".join(f"F = {e} D" for e in EXPANSIONS) + " |", "|---|" + "--:|" * len(EXPANSIONS)]
+        lines += [f"| k = {k} | " + " | ".join(cell(k, e, f) if values(k, e, f) else "" for e in EXPANSIONS) + " |" for k in K]
+    fig.tight_layout()
+    fig.savefig(RESULTS / "cones.png", dpi=120)
+    (RESULTS / "cones.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "evaluate", "report"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/cones"), help="folder of the run directories")
+    args = parser.parse_args()
+    args.runs = args.runs.absolute()
+    globals()[args.what](args)
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,8 @@
     python evaluate.py RUN --features 12,57              where these latents fire (or: top); on
                                                          othello, what they say of the board
     python evaluate.py RUN RUN RUN --consistency         do the seeds of one setting agree?
+    python evaluate.py runs/* --probes                   in a language model: absorption of first
+                                                         letters
     python evaluate.py DIR --model smollm2 --layer 6     somebody else's SAELens directory
 
 A RUN is what our scripts write, or any SAELens directory (standard, gated, topk, jumprelu). All are
@@ -24,8 +26,9 @@ from tqdm import tqdm
 
 import data
 import runs
-from evaluation import metrics, page
+from evaluation import first_letter, metrics, page
 from evaluation.latents import chosen, features, print_features
+from evaluation.probes import without_nan
 from evaluation.saved import SAE, data_flags, open_data
 from evaluation.tables import agreement, plot, print_table, tables
 from othello import boards
@@ -42,6 +45,9 @@ def parse_args(argv=None):
     add("--features", help="latents to show: 12,57 or top (the ten with the largest sums; on "
         "othello, that say most about the board)")
     add("--consistency", action="store_true", help="compare runs that differ in --seed alone")
+    add("--probes", action="store_true",
+        help="first letters of words: what evaluation/first_letter.py says; needs no data, takes "
+        "4 minutes for the first SAE and 1 for each further; results are kept in probes.json")
     add("--html", type=Path, help="write the page there")
     add("--html-features", type=runs.at_least(0), default=60,
         help="latents of each run on the page, evenly spaced by firing rate; default 60")
@@ -112,7 +118,10 @@ def evaluate_group(key, saes, args):
         return None
     saes, rows, _ = zip(*measured)
     games = text and lm.is_othello(name)                        # whose true features are known
-    if text and (args.contexts or args.features or args.html or games):
+    if args.probes and (games or not text):
+        attempt(runs.fail, f"--probes: {name} has no words; leave it out for these runs")
+    probe = args.probes and text and not games
+    if text and (args.contexts or args.features or args.html or games or probe):
         model, tokenizer, blocks = lm.load(lm.model_dir(name, source.flags.cache_dir), name,
                                            source.device, getattr(torch, source.meta["dtype"]))
         ids, where = lm.heldout_tokens(source)
@@ -122,6 +131,11 @@ def evaluate_group(key, saes, args):
                                        source.mean, ids)
             for row, result in zip(rows, results):
                 row["language"] = result
+    if probe:
+        block = blocks[layer]
+        for row, result in zip(rows, attempt(first_letter.report, saes, source, model, tokenizer,
+                                             block) or []):
+            row["first_letter"] = result
     if games:
         games = attempt(boards.report, saes, x, source, model, blocks, layer)
     if games:
@@ -148,12 +162,6 @@ def evaluate_group(key, saes, args):
                 print_features(sae, row["features"])
     where = f"{name}, layer {layer}, text sha256 {text[:8]}" if text else name
     return dict(data=f"{where}, {len(x):,} held-out tokens", tables=shown, rows=rows)
-
-def without_nan(value):
-    """value with None in the place of each NaN: JSON has none."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and value != value else value
 
 def write(path, text, flag):
     with runs.replacing(path, flag) as tmp:

@@ -2,7 +2,7 @@
 import json
 
 import runs
-from evaluation import metrics
+from evaluation import first_letter, metrics
 
 ALIKE = "0.7", "0.8", "0.9"
 
@@ -35,6 +35,8 @@ def tables(rows):
             [[r["run"], number(r["language"]["ce_spliced"]), *(pair(r["language"], name, ".4f")
               for name in ("increase", "recovered_zero", "recovered_mean", "kl"))]
              for r in language]))
+    if found := [r for r in rows if r.get("first_letter")]:
+        out.append(letters_table(found))
     if games := [r for r in rows if r.get("boards")]:
         base = dict(games[0]["boards"]["baselines"])
         shown = "coverage coverage_one_t published reconstruction t latents legal".split()
@@ -59,6 +61,22 @@ def tables(rows):
                 f"{number(r['truth'][n], '.3f')} ({number(r['truth']['chance'][n], '.2f')})"
                 for n in names)] for r in toy]))
     return out
+
+def letters_table(rows):
+    """The first letters of rows that have them, and the controls of the first."""
+    first = rows[0]["first_letter"]
+    passed = sorted(first["letters"])
+    few = "" if len(passed) >= first_letter.MANY else (
+        f", fewer than the {first_letter.MANY} that SAEBench wants")
+    note = (f"{first['words']:,} words; means over the {len(passed)} letters that the activations "
+            f"tell with F1 above {first_letter.GOOD_F1}{few}: {' '.join(passed)}; F1 of the probe "
+            f"{first['probe_f1']:.3f}")
+    lines = [(r["run"], r["first_letter"]) for r in rows] + list(first["controls"].items())
+    names = dict(f1_first=".3f", f1_main=".3f", split=".2f", absorption=".3f", full=".3f")
+    return ("First letters: absorption", note,
+            ["run", "F1 of best latent", "of main latents", "main latents", "absorption", "full"],
+            [[name, *(f"{number(r[k], form)} \u00b1 {number(r[k + '_se'], form)}"
+                      for k, form in names.items())] for name, r in lines])
 
 def print_table(title, note, header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -6,7 +6,7 @@
                                                          othello, what they say of the board
     python evaluate.py RUN RUN RUN --consistency         do the seeds of one setting agree?
     python evaluate.py runs/* --probes                   in a language model: absorption of first
-                                                         letters
+                                                         letters, and what latents know of tokens
     python evaluate.py DIR --model smollm2 --layer 6     somebody else's SAELens directory
 
 A RUN is what our scripts write, or any SAELens directory (standard, gated, topk, jumprelu). All are
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import runs
-from evaluation import first_letter, metrics, page
+from evaluation import first_letter, metrics, page, probing
 from evaluation.latents import chosen, features, print_features
 from evaluation.probes import without_nan
 from evaluation.saved import SAE, data_flags, open_data
@@ -45,9 +45,11 @@ def parse_args(argv=None):
     add("--features", help="latents to show: 12,57 or top (the ten with the largest sums; on "
         "othello, that say most about the board)")
     add("--consistency", action="store_true", help="compare runs that differ in --seed alone")
-    add("--probes", action="store_true",
-        help="first letters of words: what evaluation/first_letter.py says; needs no data, takes "
-        "4 minutes for the first SAE and 1 for each further; results are kept in probes.json")
+    add("--probes", action="store_true", help="first letters of words, roles of tokens in Python: "
+        "evaluation/first_letter.py and probing.py; minutes for the first run, 1 for each further, "
+        "kept in its probes.json")
+    add("--labels", type=Path, help="with --probes: a file of lines {\"text\": ..., \"labels\": "
+        "{\"task\": [[start, end, \"class\"], ...]}}, in characters, in the place of Python")
     add("--html", type=Path, help="write the page there")
     add("--html-features", type=runs.at_least(0), default=60,
         help="latents of each run on the page, evenly spaced by firing rate; default 60")
@@ -62,6 +64,8 @@ def parse_args(argv=None):
             args.features = [int(i) for i in args.features.split(",")]
         except ValueError:
             parser.error(f"--features {args.features}: use numbers as in 12,57, or top")
+    if args.labels and not args.probes:
+        parser.error("--labels: is for --probes; add that")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot {args.plot}: name it .png, .svg or .pdf")
     return args
@@ -132,10 +136,11 @@ def evaluate_group(key, saes, args):
             for row, result in zip(rows, results):
                 row["language"] = result
     if probe:
-        block = blocks[layer]
-        for row, result in zip(rows, attempt(first_letter.report, saes, source, model, tokenizer,
-                                             block) or []):
-            row["first_letter"] = result
+        of = saes, source, model, tokenizer, blocks[layer]
+        for name, results in (("first_letter", attempt(first_letter.report, *of)),
+                              ("probing", attempt(probing.report, *of, args.labels))):
+            for row, result in zip(rows, results or []):
+                row[name] = result
     if games:
         games = attempt(boards.report, saes, x, source, model, blocks, layer)
     if games:

@@ -138,23 +138,21 @@ def main_latents(Z, words):
     the part `choose`; Z: sparse codes [W, F]."""
     w, _ = linear_probe(Z.index_select(0, words.fit), words.Y[words.fit], 4096, 1e-6, l1=0.01)
     top = w.topk(min(MOST, w.shape[1])).indices                              # (26, 10)
-    X = Z.index_select(1, top.flatten()).to_dense().view(len(Z), *top.shape).transpose(0, 1)
-    y, many = words.Y.T, torch.ones(26, dtype=torch.long)
-    best, growing = None, torch.arange(26, device=Z.device)
-    for k in range(1, top.shape[1] + 1):
-        v, b = probes.logistic(X[growing][:, words.fit, :k], y[growing][:, words.fit],
-                               balanced=True)
-        said = torch.einsum("pnk,pk->pn", X[growing][:, words.choose, :k].double(), v) + b[:, None]
-        f1 = probes.scores(said > 0, y[growing][:, words.choose] > 0)[2]
-        if k == 1:
-            best, first = f1.clone(), f1.clone()
-            continue
-        more = f1 > best[growing] + JUMP
-        growing = growing[more]
-        best[growing], many[growing.cpu()] = f1[more], k
-        if not len(growing):
-            break
-    return [top[i, :n] for i, n in enumerate(many.tolist())], first, best
+    main, first, best = [], [], []
+    for columns, y in zip(top, words.Y.T):
+        X, f1 = Z.index_select(1, columns).to_dense().double(), []           # (W, 10)
+        for k in range(1, len(columns) + 1):
+            v, b = probes.logistic(X[words.fit, :k], y[words.fit], balanced=True)
+            said = X[words.choose, :k] @ v + b > 0
+            f1.append(probes.scores(said, y[words.choose] > 0)[2].item())
+            if k > 1 and f1[-1] <= f1[-2] + JUMP:
+                break
+        else:
+            k += 1
+        main.append(columns[:k - 1])
+        first.append(f1[0])
+        best.append(f1[k - 2])
+    return main, first, best
 
 # --- absorption -----------------------------------------------------------------------------------
 
@@ -186,7 +184,7 @@ def measure(encode, W_dec, words, passed):
         part, full = absorption(Z.index_select(0, rows).to_dense(), words.x[rows], words.p[i],
                                 W_dec, main[i])
         letters[LETTERS[i]] = dict(
-            probe_f1=words.f1[i].item(), f1_first=first[i].item(), f1_main=best[i].item(),
+            probe_f1=words.f1[i].item(), f1_first=first[i], f1_main=best[i],
             latents=main[i].tolist(), words=len(rows), absorption=part.mean().item(),
             full=full.double().mean().item(), split=len(main[i]))
     return summary(letters) | dict(l0=l0, letters=letters)

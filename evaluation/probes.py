@@ -2,7 +2,7 @@
 
     codes        of an SAE on x [N, D], as a sparse tensor [N, F]
     untrained    those of a random dictionary of the same shape and sparsity: the control of both
-    logistic     many logistic regressions at once, each with its own few columns
+    logistic     logistic regression
     scores       precision, recall and F1 of yes-or-no answers
     Stored       results in the run directory, by the hash of what they were computed from
 """
@@ -32,29 +32,28 @@ def untrained(F, k, mean):
     return encode, W_dec
 
 def logistic(X, y, C=1.0, balanced=False, steps=200):
-    """w [P, k] and b [P] of P logistic regressions, on X [P, N, k] for y [P, N] of 0 and 1: the
+    """w [k] and b of a logistic regression on X [N, k], dense or sparse, for y [N] of 0 and 1: the
     minimum of |w|^2 / 2 + C sum_n weight_n loss_n that scikit-learn's LogisticRegression has;
-    balanced: both classes weigh N / 2 together. By L-BFGS in float64 on columns of variance 1."""
-    X, y = X.double(), y.double()
-    N, scale = X.shape[1], X.std(1, correction=0)                            # (P, k)
-    scale = torch.where(scale > 0, scale, 1)
-    share = y.mean(1, keepdim=True).clamp(0.5 / N, 1 - 0.5 / N)              # (P, 1)
-    weight = C * (torch.where(y > 0, 0.5 / share, 0.5 / (1 - share)) if balanced else 1 + 0 * y)
-    centre = X.mean(1)
-    X = (X - centre[:, None]) / scale[:, None]
-    v, b = torch.zeros_like(scale), torch.zeros_like(share)
-    opt = torch.optim.LBFGS([v.requires_grad_(), b.requires_grad_()], max_iter=steps,
-                            tolerance_grad=1e-9, tolerance_change=1e-12, history_size=20,
-                            line_search_fn="strong_wolfe")
+    balanced: both classes weigh N / 2 together. By L-BFGS in float64, on columns of variance 1."""
+    X, y, N = X.double(), y.double(), len(y)
+    share, ones = y.mean().clamp(0.5 / N, 1 - 0.5 / N), torch.ones_like(y)
+    weight = C * torch.where(y > 0, 0.5 / share, 0.5 / (1 - share)) if balanced else C * ones
+    centre = X.mT @ ones / N                                                 # (k,)
+    scale = ((X * X).mT @ ones / N - centre ** 2).clamp(min=0).sqrt()
+    scale = torch.where(scale > 1e-6 * centre.abs(), scale, 1)
+    v, b = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(share).requires_grad_()
+    opt = torch.optim.LBFGS([v, b], max_iter=steps, tolerance_grad=1e-7, tolerance_change=1e-10,
+                            history_size=20, line_search_fn="strong_wolfe")
     def closure():
         opt.zero_grad()
-        logit = torch.einsum("pnk,pk->pn", X, v) + b
-        loss = (weight * (softplus(logit) - y * logit)).sum() + (v / scale).pow(2).sum() / 2
-        (loss / N).backward()
-        return (loss / N).detach()
+        w = v / scale
+        logit = X @ w - centre @ w + b
+        loss = ((weight * (softplus(logit) - y * logit)).sum() + w.pow(2).sum() / 2) / N
+        loss.backward()
+        return loss.detach()
     opt.step(closure)
     w = v.detach() / scale
-    return w, b.detach()[:, 0] - (w * centre).sum(1)
+    return w, b.detach() - centre @ w
 
 def scores(said, y):
     """(precision, recall, F1) of answers said [..., N] to y [..., N], both bool; 0 where there is

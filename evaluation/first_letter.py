@@ -41,7 +41,7 @@ from sources import lm
 from sources.text import Contexts
 
 FEWEST, EXAMPLES, GOOD_F1, MANY = 1000, 10, 0.6, 20     # words; in the prompt; of a letter; letters
-PARTS = 0.6, 0.2, 0.2                                   # fitted, latents chosen, scored
+PARTS = 0.6, 0.8                                        # ends: fitted, latents chosen; scored
 JUMP, MOST = 0.03, 10                                   # of F1 by another main latent; main latents
 COS_FULL, COS, SHARE, ABSORBERS, OFF = 0.025, 0.1, 0.4, 3, 1e-8
 STEPS = dict(lr=0.01, end=1e-5, epochs=50)              # of both probes
@@ -124,9 +124,8 @@ def linear_probe(X, Y, batch, decay, l1=0.0, seed=0):
 def task(x, letter):
     """Words x [W, D] of first letters [W], in random order: parts, probe, letters that pass."""
     Y = one_hot(letter, 26).float().to(x.device)                             # (W, 26)
-    fit, choose, score = torch.arange(len(x), device=x.device).split(
-        [round(PARTS[0] * len(x)), round(PARTS[1] * len(x)),
-         len(x) - round(PARTS[0] * len(x)) - round(PARTS[1] * len(x))])
+    fit, choose, score = torch.arange(len(x), device=x.device).tensor_split(
+        [round(end * len(x)) for end in PARTS])
     p, b = linear_probe(x[fit], Y[fit], batch=64, decay=1e-4)
     yes = x @ p.T + b > 0
     f1 = probes.scores(yes[score].T, Y[score].T > 0)[2]
@@ -187,7 +186,8 @@ def measure(encode, W_dec, words, passed):
             probe_f1=words.f1[i].item(), f1_first=first[i], f1_main=best[i],
             latents=main[i].tolist(), words=len(rows), absorption=part.mean().item(),
             full=full.double().mean().item(), split=len(main[i]))
-    return summary(letters) | dict(l0=l0, letters=letters)
+    return summary(letters) | dict(l0=l0, letters=letters, latents=probes.best_classes(
+        Z, words.Y.argmax(1), LETTERS))
 
 def summary(letters):
     """Means over letters, with standard errors; no word of a letter to score: no absorption."""
@@ -227,6 +227,6 @@ def report(saes, source, model, tokenizer, block):
                 shuffled=measure(sae.encode, sae.t["W_dec"], shuffled, passed))
         controls = dict(controls, untrained=random[key])
         s.put(dict(result, words=len(words.x), controls={
-            name: {k: v for k, v in control.items() if k != "letters"}
+            name: {k: v for k, v in control.items() if k not in ("letters", "latents")}
             for name, control in controls.items()}))
     return [s.result for s in stored]

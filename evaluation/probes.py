@@ -4,6 +4,7 @@
     untrained    those of a random dictionary of the same shape and sparsity: the control of both
     logistic     logistic regression
     scores       precision, recall and F1 of yes-or-no answers
+    best_classes what each latent detects when it fires, with precision and recall
     Stored       results in the run directory, by the hash of what they were computed from
 """
 import hashlib, json
@@ -60,6 +61,18 @@ def scores(said, y):
     nothing to divide by."""
     hits, said, y = ((t).sum(-1).double() for t in (said & y, said, y))
     return hits / said.clamp(min=1), hits / y.clamp(min=1), 2 * hits / (said + y).clamp(min=1)
+
+def best_classes(Z, label, names, least=0.2):
+    """{latent: [class, precision, recall]} of 'it fires' as a detector of the class that it tells
+    with the largest F1, if that is at least `least`; Z: codes [N, F]; label [N], -1: no class."""
+    on = (Z > 0).float() if not Z.is_sparse else torch.sparse_coo_tensor(
+        Z.indices(), (Z.values() > 0).float(), Z.shape, is_coalesced=True, check_invariants=False)
+    Y = (label.to(Z.device)[:, None] == torch.arange(len(names), device=Z.device)).float()
+    hits, fires = on.mT @ Y, (on.mT @ torch.ones_like(Y[:, :1]))             # (F, C), (F, 1)
+    f1, best = (2 * hits / (fires + Y.sum(0)).clamp(min=1)).max(1)
+    precision, recall = hits / fires.clamp(min=1), hits / Y.sum(0).clamp(min=1)
+    return {str(i): [names[c], precision[i, c].item(), recall[i, c].item()]
+            for i, c in enumerate(best.tolist()) if f1[i] >= least}
 
 class Stored:
     """The result of one measure for one run, in probes.json of its directory, by the hash of what

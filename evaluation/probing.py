@@ -121,6 +121,8 @@ def prepare(documents, tokenizer, model, block, cut, T):
             found = examples(np.where(flat, label.ravel(), -1), part.repeat(T), len(names))
         if found:
             made[task] = SimpleNamespace(names=names, classes=found, share=share if whole else None,
+                                         label=None if whole else torch.from_numpy(np.where(
+                                             flat, label.ravel(), -1)),
                                          ids=tokens if whole else tokens.view(-1, 1))
     if not made:
         runs.fail(f"--labels: no class has {FEWEST[0]} tokens to fit, {FEWEST[1]} to choose and "
@@ -187,14 +189,17 @@ def by_task(tasks, function):
             for name, task in tasks.items()}
 
 def measure(encode, x, tasks):
-    """{task: {class: {k: scores}}} of codes encode(x), k = "all" with all of them; and their L0."""
+    """{task: {class: {k: scores}}} of codes encode(x), k = "all" with all of them; what each latent
+    detects best, by task of tokens; and the codes' L0."""
     Z = probes.codes(lambda part: encode(part.float()), x)
     whole = {t: averaged(Z, task.share) for t, task in tasks.items() if task.share is not None}
     def probe(task, sets):
         own = whole.get(task, Z)
         return sparse_probes(own, sets) | {"all": full_probe(own, sets)}
     l0 = (Z.values() if Z.is_sparse else Z).count_nonzero().item() / len(Z)
-    return by_task(tasks, probe), l0
+    best = {name: probes.best_classes(Z, t.label, t.names) for name, t in tasks.items()
+            if t.share is None}
+    return by_task(tasks, probe), best, l0
 
 def summary(found, counted):
     """{k: means over classes, then over the tasks counted; "tasks": the mean accuracy of each}."""
@@ -212,7 +217,7 @@ def summary(found, counted):
 def besides(sae, l0, x, tasks):
     """Summaries of what the docstring has beside a run, and the tasks counted."""
     rows = dict(token=by_task(tasks, lambda t, sets: {"all": token_probe(tasks[t].ids, sets)}))
-    residual, _ = measure(lambda v: v, x, tasks)
+    residual, *_ = measure(lambda v: v, x, tasks)
     rows["full"] = {t: {c: dict(all=by.pop("all")) for c, by in classes.items()}
                     for t, classes in residual.items()}
     random, _ = probes.untrained(sae.d_sae, max(1, round(l0)), x.float().mean(0))
@@ -236,10 +241,10 @@ def report(saes, source, model, tokenizer, block, labels=None):
     for sae, s in zip(runs.Bar(saes, desc="probing", unit="run"), stored):
         if s.result:
             continue
-        found, l0 = measure(sae.encode, x, tasks)
+        found, best, l0 = measure(sae.encode, x, tasks)
         if not beside:
             beside = besides(sae, l0, x, tasks)
         s.put(summary(found, beside["counted"]) | dict(classes={
             t: {c: {str(k): v for k, v in by.items()} for c, by in rows.items()}
-            for t, rows in found.items()}, beside=beside))
+            for t, rows in found.items()}, latents=best, beside=beside))
     return [s.result for s in stored]

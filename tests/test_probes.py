@@ -34,6 +34,16 @@ def test_scores_by_hand():
     assert torch.allclose(f1, torch.tensor([2 / 3, 0]).double()) and precision.tolist() == [2 / 3, 0]
     assert recall.tolist() == [2 / 3, 0]
 
+def test_what_a_latent_detects_by_hand():
+    """Tokens without a class count against precision."""
+    Z = torch.tensor([[1, 0, 0], [2, 0, 0], [3, 1, 0], [0, 5, 0], [1, 0, 0], [0, 0, 0]]).float()
+    label = torch.tensor([0, 0, 1, 1, -1, 0])
+    want = {"0": ["x", 2 / 4, 2 / 3], "1": ["y", 1, 1]}
+    for codes in (Z, Z.to_sparse().coalesce()):
+        got = probes.best_classes(codes, label, ["x", "y"])
+        assert {k: [c, round(p, 6), round(r, 6)] for k, (c, p, r) in got.items()} == {
+            k: [c, round(p, 6), round(r, 6)] for k, (c, p, r) in want.items()}
+
 # --- first letters --------------------------------------------------------------------------------
 
 def test_absorption_by_hand():
@@ -193,16 +203,17 @@ def tokens():
     x = torch.randn(3000, 8, generator=g)
     x[:, 0], x[:, 1] = (context == 0).float(), (ids == 0).float()
     part = np.arange(3000) // 10 % 3
-    return x, {name: SimpleNamespace(names=list("abc"), classes=probing.examples(label.numpy(), part, 3), share=None,
+    return x, {name: SimpleNamespace(names=list("abc"), label=label, classes=probing.examples(label.numpy(), part, 3), share=None,
                                      ids=ids[:, None]) for name, label in dict(context=context, identity=ids).items()}
 
 def test_planted_codes(tokens):
     """A code that is the label scores 1 at k = 1, for that class, and the noise chance. What the id tells is not counted:
     the probe of all activations does not beat it."""
     x, tasks = tokens
-    found, l0 = probing.measure(lambda x: x * torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0]), x, tasks)
+    found, best, l0 = probing.measure(lambda x: x * torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0]), x, tasks)
     assert found["context"]["a"][1] == found["identity"]["a"][1] == dict(accuracy=1, f1=1, auc=1)
-    noise, _ = probing.measure(lambda x: x[:, 2:], x, tasks)
+    assert best["context"]["0"] == ["a", 1, 1] and best["identity"]["1"] == ["a", 1, 1]
+    noise, *_ = probing.measure(lambda x: x[:, 2:], x, tasks)
     for by in [*noise["context"].values(), *noise["identity"].values()]:
         assert all(abs(by[k]["accuracy"] - 0.5) < 0.09 for k in (1, 2, 5, "all"))
     token = probing.by_task(tasks, lambda t, sets: {"all": probing.token_probe(tasks[t].ids, sets)})
@@ -292,6 +303,7 @@ def test_the_command(spelling_lm, capsys, monkeypatch, tmp_path, cache, few):
     assert row["f1_first"] > 0.9 and row["absorption"] < 0.1 and len(row["letters"]) == 26
     assert row["controls"]["shuffled"]["f1_first"] < 0.3
     assert row["controls"]["untrained"]["f1_first"] < row["f1_first"]
+    assert row["latents"]["16"][0] == "q" and "latents" not in row["controls"]["untrained"]
     assert row["letters"]["q"]["latents"][0] == first_letter.LETTERS.index("q")
     harvest = first_letter.harvest
     with monkeypatch.context() as no:

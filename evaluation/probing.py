@@ -125,8 +125,8 @@ def prepare(documents, tokenizer, model, block, cut, T):
                                              flat, label.ravel(), -1)),
                                          ids=tokens if whole else tokens.view(-1, 1))
     if not made:
-        runs.fail(f"--labels: no class has {FEWEST[0]} tokens to fit, {FEWEST[1]} to choose and "
-                  f"{FEWEST[2]} to score on, in documents of their own; give more text")
+        runs.fail(f"--probes: no class has {FEWEST[0]} tokens to fit, {FEWEST[1]} to choose and "
+                  f"{FEWEST[2]} to score on, in documents of their own; give more by --labels")
     return x.flatten(0, 1), made
 
 # --- probes ---------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@
     python evaluate.py RUN RUN RUN --consistency         do the seeds of one setting agree?
     python evaluate.py RUN --cones                       do few latents give a known direction?
     python evaluate.py RUN --embeddings E.npy            are inputs that a latent fires on alike?
+    python evaluate.py runs/* --probes                   in a language model: absorption of first
+                                                         letters, and what latents know of tokens
     python evaluate.py DIR --model smollm2 --layer 6     somebody else's SAELens directory
 
 A RUN is what our scripts write, or any SAELens directory (standard, gated, topk, jumprelu). All are
@@ -26,8 +28,9 @@ from tqdm import tqdm
 
 import data
 import runs
-from evaluation import cones, metrics, monosemanticity, page
+from evaluation import cones, first_letter, metrics, monosemanticity, page, probing
 from evaluation.latents import chosen, features, print_features
+from evaluation.probes import without_nan
 from evaluation.saved import SAE, data_flags, open_data
 from evaluation.tables import agreement, plot, print_table, tables
 from othello import boards
@@ -48,6 +51,11 @@ def parse_args(argv=None):
         "properties? For othello and toys; some seconds a run")
     add("--embeddings", type=Path, help="monosemanticity by these: .npy or .safetensors, a row for "
         "each row of --activations (on othello: always, by the boards)")
+    add("--probes", action="store_true", help="first letters of words, roles of tokens in Python: "
+        "evaluation/first_letter.py and probing.py; minutes for the first run, 1 for each further, "
+        "kept in its probes.json")
+    add("--labels", type=Path, help="with --probes: a file of lines {\"text\": ..., \"labels\": "
+        "{\"task\": [[start, end, \"class\"], ...]}}, in characters, in the place of Python")
     add("--html", type=Path, help="write the page there")
     add("--html-features", type=runs.at_least(0), default=60,
         help="latents of each run on the page, evenly spaced by firing rate; default 60")
@@ -62,6 +70,8 @@ def parse_args(argv=None):
             args.features = [int(i) for i in args.features.split(",")]
         except ValueError:
             parser.error(f"--features {args.features}: use numbers as in 12,57, or top")
+    if args.labels and not args.probes:
+        parser.error("--labels: is for --probes; add that")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot {args.plot}: name it .png, .svg or .pdf")
     return args
@@ -127,7 +137,10 @@ def evaluate_group(key, saes, args):
         return None
     saes, rows, _ = zip(*measured)
     games = text and lm.is_othello(name)                        # whose true features are known
-    if text and (args.contexts or args.features or args.html or games):
+    if args.probes and (games or not text):
+        attempt(runs.fail, f"--probes: {name} has no words; leave it out for these runs")
+    probe = args.probes and text and not games
+    if text and (args.contexts or args.features or args.html or games or probe):
         model, tokenizer, blocks = lm.load(lm.model_dir(name, source.flags.cache_dir), name,
                                            source.device, getattr(torch, source.meta["dtype"]))
         ids, where = lm.heldout_tokens(source)
@@ -137,6 +150,12 @@ def evaluate_group(key, saes, args):
                                        source.mean, ids)
             for row, result in zip(rows, results):
                 row["language"] = result
+    if probe:
+        of = saes, source, model, tokenizer, blocks[layer]
+        for kind, results in (("first_letter", attempt(first_letter.report, *of)),
+                              ("probing", attempt(probing.report, *of, args.labels))):
+            for row, result in zip(rows, results or []):
+                row[kind] = result
     if games:
         games = attempt(boards.report, saes, x, source, model, blocks, layer)
     if games:
@@ -171,14 +190,6 @@ def evaluate_group(key, saes, args):
                 print_features(sae, row["features"])
     where = f"{name}, layer {layer}, text sha256 {text[:8]}" if text else name
     return dict(data=f"{where}, {len(x):,} held-out tokens", tables=shown, rows=rows)
-
-def without_nan(value):
-    """value with None in the place of each NaN: JSON has none."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
 
 def write(path, text, flag):
     with runs.replacing(path, flag) as tmp:

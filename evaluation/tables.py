@@ -2,7 +2,7 @@
 import json
 
 import runs
-from evaluation import metrics
+from evaluation import first_letter, metrics, probing
 
 ALIKE = "0.7", "0.8", "0.9"
 CONES = 1, 2, 4, 8, 16                # budgets that are shown
@@ -36,6 +36,10 @@ def tables(rows):
             [[r["run"], number(r["language"]["ce_spliced"]), *(pair(r["language"], name, ".4f")
               for name in ("increase", "recovered_zero", "recovered_mean", "kl"))]
              for r in language]))
+    if found := [r for r in rows if r.get("first_letter")]:
+        out.append(letters_table(found))
+    if found := [r for r in rows if r.get("probing")]:
+        out += probing_tables(found)
     if games := [r for r in rows if r.get("boards")]:
         base = dict(games[0]["boards"]["baselines"])
         shown = "coverage coverage_one_t published reconstruction t latents legal".split()
@@ -88,6 +92,42 @@ def cone_tables(rows):
                ["run", *(f"m = {m}" for m in CONES), "\u00b1", "> .5, m = 4",
                 "> .9, m = 16", "cosine"],
                [[n, *cells(c)] for n, c in every + list(beside["controls"].items())])
+def letters_table(rows):
+    """The first letters of rows that have them, and the controls of the first."""
+    first = rows[0]["first_letter"]
+    passed = sorted(first["letters"])
+    few = "" if len(passed) >= first_letter.MANY else (
+        f", fewer than the {first_letter.MANY} that SAEBench wants")
+    note = (f"{first['words']:,} words; means over the {len(passed)} letters that the activations "
+            f"tell with F1 above {first_letter.GOOD_F1}{few}: {' '.join(passed)}; F1 of the probe "
+            f"{first['probe_f1']:.3f}")
+    lines = [(r["run"], r["first_letter"]) for r in rows] + list(first["controls"].items())
+    names = dict(f1_first=".3f", f1_main=".3f", split=".2f", absorption=".3f", full=".3f")
+    return ("First letters: absorption", note,
+            ["run", "F1 of best latent", "of main latents", "main latents", "absorption", "full"],
+            [[name, *(f"{number(r[k], form)} \u00b1 {number(r[k + '_se'], form)}"
+                      for k, form in names.items())] for name, r in lines])
+
+def probing_tables(rows):
+    """k-sparse probing of rows that have it, with what stands beside the first; by task, too."""
+    beside = dict(rows[0]["probing"]["beside"])
+    counted, tasks = beside.pop("counted"), list(beside["token"]["all"]["tasks"])
+    lines = [(r["run"], r["probing"]) for r in rows] + list(beside.items())
+    cell = lambda r, k, name, se="": number(r[k][name], ".3f") + (
+        f" \u00b1 {number(r[k][name + '_se'], '.3f')}" if se else "") if k in r else ""
+    ks = [str(k) for k in probing.K]
+    note = (f"accuracy, chance 0.5; means over {', '.join(counted) or 'no task'}, which all "
+            f"activations tell better than the token alone does, by {probing.MARGIN}")
+    first = ("k-sparse probing", note, ["run", *(f"k = {k}" for k in ks), "all", "signed k = 1",
+             "F1 k = 1", "F1 k = 5", "AUC k = 1", "AUC k = 5"],
+             [[name, *(cell(r, k, "accuracy", "se") for k in (*ks, "all")),
+               cell(r, "signed", "accuracy"), *(cell(r, k, name) for name in ("f1", "auc")
+                                                for k in ("1", "5"))] for name, r in lines])
+    by = lambda r, t: " / ".join(number(r[k]["tasks"][t], ".3f") for k in ("1", "5", "all")
+                                 if k in r)
+    return [first, ("k-sparse probing by task", "accuracy at k = 1 / 5 / all; in brackets: not in "
+            "the means", ["run", *(t if t in counted else f"({t})" for t in tasks)],
+            [[name, *(by(r, t) for t in tasks)] for name, r in lines])]
 
 def print_table(title, note, header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -1,0 +1,381 @@
+"""evaluate.py --probes: planted truths and controls, the definitions worked by hand, the command, and bad input."""
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+import evaluate
+from conftest import random_lm
+from evaluation import first_letter, probes, probing, roles
+from sources import lm
+from test_evaluate import save
+
+# --- tools ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_logistic_regressions_are_those_of_scikit_learn(balanced):
+    from sklearn.linear_model import LogisticRegression
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(3, 400, 4, generator=g) * torch.tensor([1.0, 30, 0.1, 5]) + 7
+    y = (X[..., 0] + X[..., 2] * 8 + torch.randn(3, 400, generator=g) * 3 > torch.tensor([[7.0], [9], [12]]) + 56).float()
+    for i in range(3):
+        w, b = probes.logistic(X[i].to_sparse() if i == 1 else X[i], y[i], C=0.5, balanced=balanced)
+        want = LogisticRegression(C=0.5, class_weight="balanced" if balanced else None, solver="newton-cholesky",
+                                  tol=1e-10, max_iter=1000).fit(X[i].double().numpy(), y[i].numpy())
+        assert np.allclose(w, want.coef_[0], atol=1e-5) and abs(b - want.intercept_[0]) < 1e-3
+
+def test_scores_by_hand():
+    said, y = (torch.tensor(v) > 0 for v in ([[1, 1, 0, 0, 1], [0] * 5], [[1, 0, 0, 1, 1], [1] * 5]))
+    precision, recall, f1 = probes.scores(said, y)
+    assert torch.allclose(f1, torch.tensor([2 / 3, 0]).double()) and precision.tolist() == [2 / 3, 0]
+    assert recall.tolist() == [2 / 3, 0]
+
+def test_what_a_latent_detects_by_hand():
+    """Tokens without a class count against precision."""
+    Z = torch.tensor([[1, 0, 0], [2, 0, 0], [3, 1, 0], [0, 5, 0], [1, 0, 0], [0, 0, 0]]).float()
+    label = torch.tensor([0, 0, 1, 1, -1, 0])
+    want = {"0": ["x", 2 / 4, 2 / 3], "1": ["y", 1, 1]}
+    for codes in (Z, Z.to_sparse().coalesce()):
+        got = probes.best_classes(codes, label, ["x", "y"])
+        assert {k: [c, round(p, 6), round(r, 6)] for k, (c, p, r) in got.items()} == {
+            k: [c, round(p, 6), round(r, 6)] for k, (c, p, r) in want.items()}
+
+# --- first letters --------------------------------------------------------------------------------
+
+def test_absorption_by_hand():
+    """Main latent 0, along p; 1 and 2 with cosines 0.8 and 0.6, 3 with 0.05; 4 is opposite. Rows of any norm."""
+    p = torch.tensor([1.0, 0, 0])
+    W = torch.tensor([[1, 0, 0], [0.8, 0.6, 0], [0.6, 0, 0.8], [0.05, 0, 0.99875], [-1, 0, 0]])
+    z = torch.tensor([[2.0, 0, 0, 0, 0],        # all by the main latent
+                      [0, 2, 0, 0, 0],          # the main latent off, another has 1.6 of 2
+                      [1, 1, 0, 0, 0],          # half: b = min(0.8, 2 - 1), 0.8 / 1.8
+                      [1, 5, 0, 0, 0],          # no more than what is missing: 1 / 2
+                      [0, 0.5, 0.5, 0, 0],      # 0.4 + 0.3 of 2: below 0.4
+                      [0, 0, 0, 90, 0],         # 4.5 of 2, but at a cosine below 0.1: full alone counts it
+                      [0, 1, 0.5, 0, 0]])       # three together 1.1 of 2; the largest has exactly 0.4 of it
+    a = torch.tensor([[2.0, 5, -5]]).expand(7, 3)
+    want, wanted_full = [0, 1, 0.8 / 1.8, 0.5, 0, 0, 1], [0, 1, 0, 0, 0, 1, 1]
+    for norm in (torch.ones(5), torch.tensor([3.0, 0.2, 1, 7, 0.5])):
+        part, full = first_letter.absorption(z / norm, a, p, W * norm[:, None], torch.tensor([0]))
+        assert torch.allclose(part, torch.tensor(want)) and full.int().tolist() == wanted_full
+    part, full = first_letter.absorption(z, -a, p, W, torch.tensor([0]))        # nothing to explain
+    assert part.sum() == 0 and full.sum() == 0
+
+CHILDREN = 20
+
+@pytest.fixture(scope="module")
+def planted():
+    """Words of dimension 26 + 20: a coordinate is 1 for the letter and, for 40 % of the words, one for a child, of which
+    20 occur with every letter."""
+    g = torch.Generator().manual_seed(0)
+    letter = torch.randint(0, 26, (5200,), generator=g)
+    child = torch.where(torch.rand(5200, generator=g) < 0.4, torch.randint(0, CHILDREN, (5200,), generator=g), CHILDREN)
+    x = torch.cat([one_hot(letter, 26), one_hot(child, CHILDREN + 1)[:, :-1]], 1).float()
+    x += torch.randn(x.shape, generator=g) / 50
+    return first_letter.task(x, letter), x, letter
+
+def test_planted_absorption_is_found(planted):
+    """A latent for each letter and child: nothing absorbed. The same where a letter's latent is silent beside a child,
+    and a latent for each pair has the letter in its direction: 40 % absorbed, fully. Rows have norms other than 1."""
+    words, x, letter = planted
+    assert len(words.passed) == 26 and words.f1.min() > 0.95
+    eye = torch.eye(26 + CHILDREN)
+    honest = first_letter.measure(lambda x: x * (x > 0.5) / 3, 3 * eye, words, words.passed)
+    pairs = torch.cat([eye[:26], (eye[:26, None] + eye[26:]).flatten(0, 1)])                     # (26 + 520, 46)
+    def absorbing(x):
+        on = (x > 0.5).float()
+        alone = on[:, :26] * (1 - on[:, 26:].sum(1, keepdim=True))
+        return torch.cat([alone, (on[:, :26, None] * on[:, None, 26:]).flatten(1)], 1) / 2
+    absorbed = first_letter.measure(absorbing, 2 * pairs, words, words.passed)
+    assert honest["absorption"] < 0.02 and honest["full"] == 0 and honest["f1_first"] > 0.99
+    assert abs(absorbed["absorption"] - 0.4) < 0.05 and abs(absorbed["full"] - 0.4) < 0.05
+    assert 0.7 < absorbed["f1_first"] < 0.8 and absorbed["split"] < 1.2
+    for i, name in enumerate(first_letter.LETTERS):
+        assert honest["letters"][name]["latents"] == [i] and absorbed["letters"][name]["latents"][0] == i
+
+def test_a_letter_of_two_latents_is_split_not_absorbed(planted):
+    """A latent for each letter's words with a child, one for those without: two main latents, nothing absorbed."""
+    words, x, letter = planted
+    def split(x):
+        on = (x > 0.5).float()
+        child = on[:, 26:].sum(1, keepdim=True)
+        return torch.cat([on[:, :26] * (1 - child), on[:, :26] * child], 1)
+    result = first_letter.measure(split, torch.eye(46)[:26].repeat(2, 1), words, words.passed)
+    assert result["split"] == 2 and result["absorption"] < 0.02 and result["f1_main"] > 0.99
+
+def test_controls_know_nothing(planted):
+    """Shuffled letters: no letter passes, latents that are the letters say nothing. A random dictionary, as sparse."""
+    words, x, letter = planted
+    shuffled = first_letter.task(x, letter[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))])
+    assert not shuffled.passed
+    nothing = first_letter.measure(lambda x: x * (x > 0.5), torch.eye(46), shuffled, words.passed)
+    assert nothing["f1_first"] < 0.12
+    random = first_letter.measure(*probes.untrained(46, 2, x.mean(0)), words, words.passed)
+    assert random["f1_first"] < 0.8 and random["l0"] <= 2      # the letters themselves: above 0.99
+
+# --- what is true of a Python program -------------------------------------------------------------
+
+SOURCE = '''"""Doc."""
+import os.path as p  # imp\u00e9
+from x import (y, z)
+@deco.rator(1)
+class A(B):
+    "Second."
+    def f(self, \u00e9="\u00e9", *a):
+        return g(self.h(k=[1, (a)]), "str") + \u00e9.b
+'''
+
+def test_spans_of_a_program_by_hand():
+    spans = {task: [(SOURCE[lo:hi], name) for lo, hi, name in found]
+             for task, found in roles.python_spans(SOURCE).items()}
+    assert spans["role"] == [
+        ("os", "imported"), ("path", "imported"), ("p", "imported"), ("x", "imported"), ("y", "imported"),
+        ("z", "imported"), ("deco", "decorator"), ("rator", "decorator"), ("A", "class name"), ("B", "variable"),
+        ("f", "def name"), ("self", "argument"), ("\u00e9", "argument"), ("a", "argument"), ("g", "called"),
+        ("self", "variable"), ("h", "called"), ("k", "keyword argument"), ("a", "variable"), ("\u00e9", "variable"),
+        ("b", "attribute")]
+    kinds = [pair for pair in spans["kind"] if pair[1] != "code"]
+    assert kinds == [('"""Doc."""', "docstring"), ("# imp\u00e9", "comment"), ('"Second."', "docstring"),
+                     ('"\u00e9"', "string"), ('"str"', "string")]
+    lexical = dict(spans["lexical"])
+    assert [lexical[word] for word in ("def", "f", '"str"', "1", "+", "@")] == [
+        "keyword", "identifier", "string", "number", "operator", "operator"]
+    depth = dict(spans["depth"])                               # of a word the last that stands there
+    assert [depth[word] for word in ("import", "y", "self", "k", "1", "b")] == ["0", "1", "1", "2+", "2+", "0"]
+
+def test_labels_of_tokens():
+    """Those of all their characters that are not blank; of two classes, or of a part alone: none."""
+    text, names = "ab  cd e", {}
+    offsets = [(0, 2), (0, 3), (2, 4), (2, 6), (1, 5), (5, 8), (4, 5), (7, 7)]
+    got = probing.token_labels(text, offsets, [(0, 2, "x"), (4, 6, "y")], names)
+    assert got.tolist() == [0, 0, -1, 1, -1, -1, 1, -1] and names == dict(x=0, y=1)
+    assert probing.token_labels("", [], [], names).tolist() == []
+
+def test_scores_of_a_probe():
+    from sklearn.metrics import roc_auc_score
+    g = torch.Generator().manual_seed(0)
+    y = torch.rand(300, generator=g) < 0.3
+    logit = (torch.randn(300, generator=g) + y).mul(2).round()               # with many ties
+    got = probing.score(logit, y)
+    assert abs(got["auc"] - roc_auc_score(y, logit)) < 1e-9
+    assert abs(got["accuracy"] - ((logit > 0) == y).float().mean().item()) < 1e-6
+
+class Words:
+    """A tokenizer of words between spaces; its ids are numbers in the text."""
+    is_fast, eos_token_id, bos_token_id = True, None, None
+    get_vocab = dict
+    def __call__(self, text, **kw):
+        ends = np.cumsum([len(word) + 1 for word in text.split(" ")])
+        return SimpleNamespace(input_ids=[int(word) if word.isdigit() else 0 for word in text.split(" ")],
+                               offset_mapping=[(end - len(word) - 1, end - 1) for word, end in zip(text.split(" "), ends)])
+
+def test_examples_are_balanced_and_split_by_file():
+    """40 files of a topic each: no file in two parts, no more of one class than of the others together."""
+    rng, documents = np.random.default_rng(0), []
+    for f in range(40):
+        words = rng.integers(1000 * f, 1000 * f + 10, 300).astype(str)
+        ends = np.cumsum([len(w) + 1 for w in words])
+        spans = [(e - len(w) - 1, e - 1, "abc"[rng.choice(3, p=[0.1, 0.3, 0.6])]) for w, e in zip(words, ends)]
+        documents.append((" ".join(words), str(f), dict(task=spans), f"topic {f % 2}"))
+    ids, part, tasks = probing.contexts(documents, Words(), 16, [7])
+    assert (ids[:, 0] == 7).all() and ids.shape == (40 * 20, 16) and tasks["package"][0] == ["topic 0", "topic 1"]
+    files = [set((ids[part == p, 1:] // 1000).ravel()) for p in range(3)]
+    assert list(map(len, files)) == [24, 8, 8] and not files[0] & files[1] and not files[0] & files[2]
+    assert ((ids[:, 1] // 1000 % 2) == tasks["package"][1]).all()
+    names, label = tasks["task"]
+    assert (label[:, 0] == -1).all() and (label[:, 1:] >= 0).all()
+    found = probing.examples(label.ravel(), part.repeat(16), 3)
+    for c, sets in found.items():
+        for p, (rows, y) in enumerate(sets):
+            assert y.sum() * 2 == len(y) <= 2 * probing.MOST[p] and (part[rows // 16] == p).all()
+            assert ((torch.from_numpy(label.ravel())[rows] == c) == y).all()
+
+@pytest.fixture(scope="module")
+def tokens():
+    """3000 tokens of three classes: task `context`, which no id tells, and `identity`, which the id is. x [N, 8]: noise
+    but for coordinate 0, 1 for the first class of the one, and 1, for that of the other."""
+    g = torch.Generator().manual_seed(0)
+    context, ids = torch.randint(0, 3, (2, 3000), generator=g)
+    x = torch.randn(3000, 8, generator=g)
+    x[:, 0], x[:, 1] = (context == 0).float(), (ids == 0).float()
+    part = np.arange(3000) // 10 % 3
+    return x, {name: SimpleNamespace(names=list("abc"), label=label, classes=probing.examples(label.numpy(), part, 3), share=None,
+                                     ids=ids[:, None]) for name, label in dict(context=context, identity=ids).items()}
+
+def test_planted_codes(tokens):
+    """A code that is the label scores 1 at k = 1, for that class, and the noise chance. What the id tells is not counted:
+    the probe of all activations does not beat it."""
+    x, tasks = tokens
+    found, best, l0 = probing.measure(lambda x: x * torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0]), x, tasks)
+    assert found["context"]["a"][1] == found["identity"]["a"][1] == dict(accuracy=1, f1=1, auc=1)
+    assert best["context"]["0"] == ["a", 1, 1] and best["identity"]["1"] == ["a", 1, 1]
+    noise, *_ = probing.measure(lambda x: x[:, 2:], x, tasks)
+    for by in [*noise["context"].values(), *noise["identity"].values()]:
+        assert all(abs(by[k]["accuracy"] - 0.5) < 0.09 for k in (1, 2, 5, "all"))
+    token = probing.by_task(tasks, lambda t, sets: {"all": probing.token_probe(tasks[t].ids, sets)})
+    assert min(c["all"]["accuracy"] for c in token["identity"].values()) == 1
+    assert max(c["all"]["accuracy"] for c in token["context"].values()) < 0.6
+    beside = probing.besides(SimpleNamespace(d_sae=16), 2, x, tasks)
+    assert beside["counted"] == ["context"] and set(beside) == {"token", "full", "residual", "untrained", "counted"}
+    means = probing.summary(found, beside["counted"])
+    assert means["1"]["accuracy"] == means["1"]["tasks"]["context"] < 0.9 and means["1"]["tasks"]["identity"] < 0.9
+
+def test_codes_of_whole_contexts():
+    """Means over the tokens kept, of sparse codes and of dense ones; and the ids of all tokens."""
+    g = torch.Generator().manual_seed(0)
+    Z, share = torch.rand(6, 5, generator=g) * (torch.rand(6, 5, generator=g) < 0.5), torch.tensor([[0, 0.5, 0.5], [0, 1, 0]])
+    want = torch.stack([(Z[1] + Z[2]) / 2, Z[4]])
+    assert torch.allclose(probing.averaged(Z, share), want)
+    assert torch.allclose(probing.averaged(Z.to_sparse().coalesce(), share), want)
+
+# --- the language model ---------------------------------------------------------------------------
+
+def test_words_after_a_shared_prefix_are_as_if_run_alone(tiny_lm):
+    """The key-value cache changes nothing, at any layer."""
+    model, _, blocks = lm.load(tiny_lm, str(tiny_lm), torch.device("cpu"), torch.float32)
+    prefix, ids = [5, 9, 200, 31, 7], torch.arange(260, 300)
+    for layer in (0, 1, 3):
+        got = first_letter.activations(model, blocks[layer], prefix, ids)
+        alone = np.array([[*prefix, i] for i in ids.tolist()])
+        assert torch.allclose(got, lm.residual_stream(model, blocks[layer], alone)[:, -1], atol=1e-5)
+
+@pytest.fixture(scope="session")
+def spelling_lm(tmp_path_factory):
+    """A random causal LM whose tokens are words, and whose embeddings have a direction for each first letter; a text."""
+    import transformers as tf
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    folder, rng = tmp_path_factory.mktemp("spelling"), np.random.default_rng(0)
+    words = sorted({"".join(rng.choice(list(first_letter.LETTERS), rng.integers(4, 7))) for _ in range(2600)})
+    (folder / "t.txt").write_text(" ".join(rng.choice(words, 4000)))
+    tokens = ["<|endoftext|>", "\n", ":", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "has", "the", "first", "letter", *words]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(dict.fromkeys(tokens))}, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(num_hidden_layers=2, hidden_size=48, num_attention_heads=4,
+                                               num_key_value_heads=2, intermediate_size=64, vocab_size=2700,
+                                               bos_token_id=0, eos_token_id=0, pad_token_id=0))
+    for i, t in enumerate(dict.fromkeys(tokens)):
+        if t in words:
+            model.get_input_embeddings().weight.data[i, first_letter.LETTERS.index(t[0])] += 0.5
+    model.save_pretrained(folder / "model")
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
+                               bos_token="<|endoftext|>").save_pretrained(folder / "model")
+    return folder
+
+@pytest.fixture
+def cache(tmp_path):
+    (tmp_path / "cache").mkdir()                               # a recorded one that is gone is not used
+    return str(tmp_path / "cache")
+
+def run(*argv):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(a) for a in argv])
+    return stop.value.code
+
+@pytest.fixture
+def few(monkeypatch):
+    """Little text and one task for k-sparse probing, and shorter training of the probes of letters."""
+    files = itertools.islice(roles.standard_library(), 12)
+    documents = [(text, group, dict(lexical=spans["lexical"]), None) for text, group, spans, _ in files]
+    monkeypatch.setattr(roles, "standard_library", lambda: documents)
+    monkeypatch.setattr(probing, "FEWEST", (10, 2, 4))
+    monkeypatch.setattr(first_letter, "STEPS", dict(first_letter.STEPS, epochs=8))
+
+def test_the_command(spelling_lm, capsys, monkeypatch, tmp_path, cache, few):
+    """An SAE that reads each letter's coordinate: the tables, evaluation.json, probes.json; a second call computes
+    nothing, a changed SAE all anew, and another run takes the controls that are there."""
+    flags = dict(model=str(spelling_lm / "model"), text=str(spelling_lm / "t.txt"), layer=1, context=16,
+                 cache_dir=cache)
+    eye = torch.eye(48)[:, :26].contiguous()
+    path = save(tmp_path / "letters", eye, eye.T, b_enc=torch.full((26,), -0.2), flags=flags)
+    other = save(tmp_path / "other", eye, eye.T, flags=flags)
+    assert run(path, "--probes", "--contexts", 0) == 0
+    out = capsys.readouterr().out
+    row = json.loads((path / "evaluation.json").read_text())["first_letter"]
+    assert "k-sparse probing by task" in out
+    both = json.loads((path / "evaluation.json").read_text())
+    assert 0.3 < both["probing"]["1"]["tasks"]["lexical"] <= 1 and "operator" in both["probing"]["classes"]["lexical"]
+    assert "First letters: absorption" in out and "a b c d e f g h i j k l" in out
+    assert row["f1_first"] > 0.9 and row["absorption"] < 0.1 and len(row["letters"]) == 26
+    assert row["controls"]["shuffled"]["f1_first"] < 0.3
+    assert row["controls"]["untrained"]["f1_first"] < row["f1_first"]
+    assert row["latents"]["16"][0] == "q" and "latents" not in row["controls"]["untrained"]
+    assert row["letters"]["q"]["latents"][0] == first_letter.LETTERS.index("q")
+    harvest = first_letter.harvest
+    with monkeypatch.context() as no:
+        no.setattr(first_letter, "harvest", None), no.setattr(probing, "prepare", None)
+        assert run(path, "--probes", "--contexts", 0) == 0
+    assert json.loads((path / "evaluation.json").read_text())["probing"] == both["probing"]
+    assert json.loads((path / "evaluation.json").read_text())["first_letter"] == row
+    calls = []
+    monkeypatch.setattr(first_letter, "harvest", lambda *rest: calls.append(1) or harvest(*rest))
+    task = first_letter.task
+    monkeypatch.setattr(first_letter, "task", lambda *rest: calls.append(2) or task(*rest))
+    assert run(path, other, "--probes", "--contexts", 0) == 0
+    assert calls == [1, 2]                                     # no task of shuffled letters
+    sae = SimpleNamespace(path=path)
+    stored = lambda facts=(): probes.Stored("first_letter", sae, [*facts], first_letter.__file__).result
+    assert not stored()                                        # other facts
+    (path / "probes.json").write_text("{")
+    probes.Stored("first_letter", sae, [], first_letter.__file__).put(dict(a=float("nan")))
+    assert stored() == dict(a=None) and not stored(["of another model"])
+    (path / "sae_weights.safetensors").write_bytes(b"another")
+    assert not stored()
+
+@pytest.mark.parametrize("tiny_lm", ["gpt2"], indirect=True)
+def test_models_without_words(tiny_lm, text, one_line, few, cache, tmp_path):
+    flags = dict(model=str(tiny_lm), text=str(text), layer=2, context=16, cache_tokens=2000,
+                 cache_dir=cache)
+    path = save(tmp_path / "few", torch.eye(32), torch.eye(32), flags=flags)
+    one_line(lambda: evaluate.main([str(path), "--probes", "--contexts", "0"]), "--probes", "1,000", "leave --probes out")
+    row = json.loads((path / "evaluation.json").read_text())
+    assert "first_letter" not in row and row["probing"]["beside"]["token"]    # all else is measured
+    toy = save(tmp_path / "toy", torch.eye(16), torch.eye(16), flags=dict(model="toy", toy="song"))
+    one_line(lambda: evaluate.main([str(toy), "--probes"]), "--probes", "toy", "has no words")
+    assert (toy / "evaluation.json").exists()
+
+def write_labels(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+def test_labels_of_a_user(spelling_lm, capsys, cache, few, tmp_path):
+    """Words of which some are labelled by their first letter: the SAE that reads letters has a latent for each class."""
+    flags = dict(model=str(spelling_lm / "model"), text=str(spelling_lm / "t.txt"), layer=1, context=16,
+                 cache_dir=cache)
+    eye = torch.eye(48)[:, :26].contiguous()
+    path = save(tmp_path / "letters", eye, eye.T, b_enc=torch.full((26,), -0.2), flags=flags)
+    words, rows = (spelling_lm / "t.txt").read_text().split(), []
+    for i in range(0, 4000, 40):
+        text = " ".join(words[i:i + 40])
+        starts = np.cumsum([0] + [len(w) + 1 for w in words[i:i + 39]])
+        rows.append(dict(text=text, labels=dict(letter=[[int(lo), int(lo) + len(w), w[0]] for lo, w in zip(
+            starts, words[i:i + 40]) if w[0] in "abc"])))
+    labels = write_labels(tmp_path / "l.jsonl", rows)
+    assert run(path, "--probes", "--contexts", 0, "--labels", labels) == 0
+    result = json.loads((path / "evaluation.json").read_text())["probing"]
+    assert set(result["classes"]["letter"]) == set("abc") and result["1"]["tasks"]["letter"] > 0.9
+    assert result["beside"]["residual"]["1"]["tasks"]["letter"] > 0.9
+    assert "letter" in capsys.readouterr().out
+    assert run(path, "--probes", "--contexts", 0, "--labels", tmp_path / "none") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--labels" in error and "No such file" in error
+
+@pytest.mark.parametrize("row, words", [
+    (dict(text="one two", labels=dict(t=[[0, 3, "x"], [2, 7, "y"]])), "[0, 3] overlaps the label that starts at 2"),
+    (dict(text="one two", labels=dict(t=[[4, 8, "x"]])), "[4, 8] lies outside the text of 7"),
+    (dict(text="one two", labels=dict(t=[[-1, 2, "x"]])), "outside"), (dict(text="one", labels=dict(t=[[2, 2, "x"]])), "empty"),
+    (dict(text="one", labels=[]), "not {"), (dict(labels={}), "not {"), (dict(text=5, labels={}), "not {")])
+def test_bad_labels(row, words, one_line, tmp_path):
+    path = write_labels(tmp_path / "l.jsonl", [dict(text="a", labels={}), row])
+    one_line(lambda: list(roles.labelled(path)), "--labels", "line 2", words)
+
+def test_bad_flags_of_probes(one_line, tmp_path):
+    one_line(lambda: list(roles.labelled(tmp_path / "none")), "--labels", "No such file")
+    one_line(lambda: evaluate.parse_args(["a", "--labels", "l"]), "--labels", "--probes")
+    slow = SimpleNamespace(is_fast=False)
+    one_line(lambda: probing.contexts([], slow, 16, []), "--probes", "no offsets")
+    one_line(lambda: probing.prepare([], Words(), None, None, 1, 16), "no class has")

@@ -1,19 +1,19 @@
 """Activations of a language model while it produces them, for --stream: they are never stored.
 
-Stream    The rows of a text in one order. The text is cut into pieces; process p mod W tokenises
-          piece p, runs the model on it and sends the rows to the others. So W processes harvest W
-          times as fast, and all see the same rows whatever W is. Dropped is what lm.py drops, and
-          the last tokens of a piece, fewer than a context: about 1 % at most.
+Stream    The rows of a text in one order. The text is cut into pieces, which are mixed; process
+          p mod W tokenises piece p, runs the model on it and sends the rows to the others. So W
+          processes harvest W times as fast, and all see the same rows whatever W is. Dropped is
+          what lm.py drops, and the last tokens of a piece, fewer than a context: at most 1 %.
 Ring      --buffer rows on the training device, fp16, filled once. Half of them are served, in an
           order drawn from (seed, number of the refill); then exactly the rows that were served are
           overwritten by the next of the stream. So a batch draws from the whole ring, and a row
           waits for two halves on average. Each process holds the whole ring, and needs twice its
-          memory while it is filled. A document longer than the ring fills all of it.
+          memory while it is filled.
 Head      The first pieces, 5 % of the text but about 65,536 rows at most, are held out. They are
           stored, with mean, scale and the norm above which tokens are dropped, all measured on the
           first ring: a small cache like that of lm.py, for every run on this stream and
           evaluate.py. For Othello it has the rows of the first ring, too: the probe needs them.
-          So in a text that is sorted, neither stands for the whole: mix it beforehand.
+          A text that is sorted, and longer than some 10 MB, should be mixed beforehand.
 Resume    state.pt holds the ring, too: 2 D bytes a row whenever it is saved. The text is read from
           its beginning to where it was, but not run through the model.
 """
@@ -36,6 +36,7 @@ from sources.text import Contexts, parts, text_size
 
 VERSION = 1                             # of what the rows of a stream depend on below
 CHARS, GAMES = 50_000, 256              # in a piece, at least
+WINDOW = 256                            # pieces that are mixed
 BATCHES, PASSES = 32, 64                # the default ring holds so many batches, and model passes
 TOKENS = dict(cuda=16384, cpu=4096)     # in a pass of the model
 
@@ -52,6 +53,17 @@ def pieces(args):
             piece, size = [], 0
     if piece:
         yield piece
+
+def mixed(every):
+    """The same pieces in another order: always one at random of the next WINDOW, so that no
+    document fills the ring."""
+    window, rng = [], np.random.default_rng(0)
+    for piece in every:
+        window.append(piece)
+        if len(window) > WINDOW:
+            yield window.pop(rng.integers(len(window)))
+    for i in rng.permutation(len(window)):
+        yield window[i]
 
 def at_once(function, *args):
     """What a thread's submit() gives, but the function has run when it returns."""
@@ -78,7 +90,7 @@ class Stream:
     def start(self, epoch, piece):
         """Go to this piece of this pass over the text."""
         self.epoch, self.piece, self.ahead = epoch, piece, deque()
-        every = pieces(self.args) if self.contexts else count(1)       # Othello has no end
+        every = mixed(pieces(self.args)) if self.contexts else count(1)       # games have no end
         self.text = islice(enumerate(every), piece, None)
 
     def ids(self, piece):

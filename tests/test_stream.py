@@ -104,6 +104,18 @@ def test_batches_are_mixed():
     most = next(c for c in range(99) if 200 * contexts * binom.sf(c, 2048, 1 / contexts) < 1e-4)
     assert largest(rows) <= most < largest(2 * 2048)
 
+def test_pieces_are_mixed(folder, monkeypatch):
+    """Each comes once. While a document of 100 pieces is read, its share of 128 in the window rises to 1 - exp(-100 / 128)
+    = .54; rings of 20 pieces stay within three standard errors of that, .87. Control: in order they are full of it."""
+    monkeypatch.setattr(stream, "WINDOW", 128)
+    every = list(range(400))
+    order = list(stream.mixed(every))
+    assert sorted(order) == every and list(stream.mixed(every)) == order
+    share = lambda order: max(np.mean([100 <= p < 200 for p in order[i:i + 20]]) for i in range(0, 400, 20))
+    assert 0.3 < share(order) < 0.87 and share(every) == 1
+    args = Namespace(text=str(folder), context=16)
+    assert sorted(map(str, stream.mixed(stream.pieces(args)))) == sorted(map(str, stream.pieces(args)))
+
 # --- the rows -------------------------------------------------------------------------------------
 
 def test_rows_are_the_models(folder, tmp_path_factory, tmp_path, every_lm):
@@ -114,7 +126,7 @@ def test_rows_are_the_models(folder, tmp_path_factory, tmp_path, every_lm):
     args, form = source.args, text.Contexts(tokenizer, 16)
     first = source.manifest["held_pieces"]
     ids = np.concatenate([form.cut([i for part in piece for i in form.tokens(*part)])
-                          for piece in list(stream.pieces(args))[first:first + 4]])[:600]
+                          for piece in list(stream.mixed(stream.pieces(args)))[first:first + 4]])[:600]
     with torch.no_grad():
         x = model(torch.from_numpy(ids).long(), output_hidden_states=True).hidden_states[2][:, 1:].flatten(0, 1)
     x = x.float()[x.float().norm(dim=1) <= source.meta["norm_cut"]][:8000]
@@ -128,7 +140,7 @@ def test_the_head_is_a_cache_of_rows_that_are_never_served(gpt2, folder, tmp_pat
     ids, where = lm.heldout_tokens(source)
     assert len(source.heldout()) == len(where) and (where % 16 > 0).all()
     tokenizer = lm.load(gpt2, "x", CPU, torch.float32)[1]
-    first = next(stream.pieces(source.args))[0][0]
+    first = next(stream.mixed(stream.pieces(source.args)))[0][0]
     assert ids.ravel()[:1000].tolist() == tokenizer(first, add_special_tokens=False).input_ids[:1000]
     source.batch(0)
     rows = torch.cat([source.scaled(source.ring)])

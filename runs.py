@@ -88,7 +88,7 @@ class Bar(tqdm):
         self.plain = not sys.stderr.isatty()
         if self.plain:
             form = "{desc}: {percentage:.0f} % of {total_fmt}, {elapsed} gone, {remaining} left"
-            kw |= dict(delay=30, mininterval=30, maxinterval=30, bar_format=form)
+            kw |= dict(delay=30, mininterval=30, miniters=1, bar_format=form)
             kw["file"] = io.StringIO()                               # what tqdm itself writes
         if rank() > 0:
             kw["disable"] = True

@@ -19,12 +19,11 @@ cannot be measured costs one line and the exit code 2; the others are measured a
 record paths as they were given: evaluate them from the folder where they were trained, or name the
 data.
 """
-import datetime, json, sys
+import datetime, json
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import runs
@@ -130,7 +129,7 @@ def evaluate_group(key, saes, args):
         attempt(runs.fail, f"--features: {name} has no tokens to show; leave it out for these runs")
     x = source.heldout_raw()
     mean, measured = x.double().mean(0), []
-    for sae in tqdm(saes, desc="measure", unit="run", disable=None):
+    for sae in runs.Bar(saes, desc="measure", unit="run"):
         if result := attempt(measure, sae, x, mean, source):
             measured.append((sae, *result))
     if not measured:

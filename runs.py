@@ -141,6 +141,13 @@ def all_reduce(tensor, op="mean"):
             tensor /= world_size()
     return tensor
 
+def rank_0_first(function, *args):
+    """function(*args) in every process, in that of rank 0 before the others."""
+    result = function(*args) if rank() == 0 else None
+    if world_size() > 1:
+        dist.barrier()
+    return result if rank() == 0 else function(*args)
+
 def setup(args):
     """Start this process: group, device, matmul precision. Sets args.bf16; returns the device."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

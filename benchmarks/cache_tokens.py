@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import numpy as np
 import torch
 
-import data, runs, topk_sae
+import data, runs, topk_sae, trained
 from speed import machine
 
 TOKENS, SEEDS = (1_000_000, 850_000, 750_000, 700_000, 500_000), (0, 1, 2)
@@ -37,11 +37,9 @@ def main():
         array, fvu = args.runs / f"{tokens}.npy", []
         for seed in SEEDS:
             out = args.runs / f"{tokens}-s{seed}"
-            if not (out / "cfg.json").exists():
-                if not array.exists():
-                    np.save(array, source.shards.read(np.arange(rows)))
-                subprocess.run([sys.executable, ROOT / "topk_sae.py", "--activations", array, "--seed", str(seed),
-                                "--out", out], check=True, stdout=subprocess.DEVNULL)
+            if not (out / "cfg.json").exists() and not array.exists():
+                np.save(array, source.shards.read(np.arange(rows)).numpy())
+            trained.train(args.runs, {out.name: ["topk_sae.py", "--activations", str(array.absolute()), "--seed", str(seed)]})
             if not (out / "evaluation.json").exists():
                 subprocess.run([sys.executable, ROOT / "evaluate.py", out, "--model", "smollm2", *shared, "--contexts", "0"],
                                check=True, stdout=subprocess.DEVNULL)

@@ -9,11 +9,12 @@ evaluation/cones.py, on --model othello, layer 6, with 188 directions of the boa
 batches of 2048, k = 4 ... 128 active of F = 2 D ... 32 D latents, seeds 0 and 1. Containment grows with F by chance: as
 many random directions stand beside it, and the table has what is above them.
 """
-import argparse, json, shutil, subprocess, sys
+import argparse, json, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import trained
 from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
@@ -26,18 +27,7 @@ SHOWN = {"containment at m = 4": lambda c: c["containment"][M - 1],
          "cosine one to one": lambda c: c["cosine"]}
 
 def train(args):
-    args.runs.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for name, argv in RUNS.items():
-        if not (args.runs / name / "cfg.json").exists():
-            shutil.rmtree(args.runs / name, ignore_errors=True)
-            with open(args.runs / f"{name}.log", "w") as log:
-                code = subprocess.run([sys.executable, *argv, "--out", str(args.runs / name), "--log-every", "500"],
-                                      cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-            print(f"{name}: {'failed; see its .log' if code else 'done'}", flush=True)
-            failed += [name] if code else []
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in RUNS.items()})
 
 def evaluate(args):
     names = [name for name in RUNS if (args.runs / name / "cfg.json").exists()]

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import topk_sae
-from evaluation import monosemanticity
+from evaluation import monosemanticity, probes
 from speed import machine
 
 SEEDS, K, EXPANSIONS, D, TRAIN = (0, 1, 2), (2, 4, 8, 16), (1, 4, 16), 64, 900
@@ -78,7 +78,7 @@ def measure(seed):
                     sae = learn(h, k, expansion, seed, tmp)
                 fvu = ((t - sae(t)).square().sum() / (t - t.mean(0)).square().sum()).item()
                 rows["latents", k, expansion] = scored(sae.encode) | dict(fvu=fvu)
-                random = monosemanticity.random_codes(expansion * D, k, h.mean(0), torch.Generator().manual_seed(100 + seed))
+                random = probes.untrained(expansion * D, k, h.mean(0), 100 + seed)[0]
                 rows["random", k, expansion] = scored(random)
     return rows
 

@@ -9,12 +9,13 @@ its defaults at an L0 of 32 (seeds 0, 1, 2) and 64 (seed 0), p-annealed L1 and g
 TopK also on the untrained model, and at layers 1 to 7 (L0 32), where steer.py edits boards through its latents.
 The published figures are those of papers on models and SAEs of other sizes; only their order is compared.
 """
-import argparse, json, shutil, subprocess, sys
+import argparse, json, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from othello import steer as steering
+import trained
 from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
@@ -48,19 +49,8 @@ RUNS = dict(
     + [command(f"layer-{layer}", "topk", K[32], layer=layer) for layer in LAYERS if layer != 6])
 
 def train(args):
-    args.runs.mkdir(parents=True, exist_ok=True)
     i, n = map(int, args.part.split("/"))
-    failed = []
-    for name, argv in list(RUNS.items())[i::n]:
-        if not (args.runs / name / "cfg.json").exists():
-            shutil.rmtree(args.runs / name, ignore_errors=True)
-            with open(args.runs / f"{name}.log", "w") as log:
-                code = subprocess.run([sys.executable, *argv, "--out", str(args.runs / name), "--log-every", "500"],
-                                      cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-            print(f"{name}: {'failed; see its .log' if code else 'done'}", flush=True)
-            failed += [name] if code else []
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in list(RUNS.items())[i::n]})
 
 def evaluate(args):
     """evaluate.py on all finished runs; then steer: steer.py on TopK's of every layer."""

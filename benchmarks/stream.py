@@ -16,19 +16,12 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 
-import data, runs, topk_sae
+import data, runs, topk_sae, trained
 from speed import machine
 
 SEEDS = 0, 1, 2
 KINDS = {"stored": ["--cache-tokens", "1000000"], "streamed": ["--stream"]}
 RING = ["--stream", "--buffer", "65536"]
-
-def train(out, flags):
-    """A run, unless it is there; its log beside it."""
-    if not (out / "cfg.json").exists():
-        with open(f"{out}.log", "w") as log:
-            subprocess.run([sys.executable, ROOT / "topk_sae.py", "--layer", "6", *flags, "--out", out], check=True,
-                           stdout=log, stderr=log)
 
 def opened(*flags):
     torch.set_num_threads(1)
@@ -63,11 +56,9 @@ def main():
     parser.add_argument("--runs", type=Path, required=True, help="folder of the run directories; finished ones are kept")
     parser.add_argument("--out", type=Path, help="also write the table there")
     args = parser.parse_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
     found = {kind: [args.runs.absolute() / f"{kind}-s{seed}" for seed in SEEDS] for kind in KINDS}
-    for i, seed in enumerate(SEEDS):
-        for kind, flags in KINDS.items():
-            train(found[kind][i], [*flags, "--seed", str(seed)])
+    trained.train(args.runs, {f"{kind}-s{seed}": ["topk_sae.py", "--layer", "6", *flags, "--seed", str(seed)]
+                              for seed in SEEDS for kind, flags in KINDS.items()})
     unseen = ["--model", "smollm2", "--layer", "6", "--text", str(Path(torch.__file__).parent), "--cache-tokens", "200000"]
     everything = [out for outs in found.values() for out in outs]
     subprocess.run([sys.executable, ROOT / "evaluate.py", *everything, *unseen], check=True,

@@ -35,7 +35,6 @@ import itertools
 import numpy as np
 import torch
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 import runs
 from sources import lm
@@ -205,7 +204,7 @@ def language(saes, model, block, cut, mean, ids):
     under ablation too; predictions made at position 0 do not count."""
     ways = [lambda x: x, torch.zeros_like, mean.expand_as, *saes]
     results, per_pass = [], max(1, 1024 // ids.shape[1])
-    with tqdm(total=ids.size, desc="language model", unit="tok", disable=None) as bar:
+    with runs.Bar(total=ids.size, desc="language model", unit="tok") as bar:
         for i in range(0, len(ids), per_pass):
             results.append(cross_entropies(model, block, cut, ids[i:i + per_pass], ways))
             bar.update(ids[i:i + per_pass].size)
@@ -265,16 +264,16 @@ def alike(cosine, peak, share, t):
     best = peak.topk(max(1, int((peak > 0).sum() * share))).indices
     return (cosine[best] > t).double().mean().item()
 
-def consistency(runs):
-    """Of runs [(W_dec [F, D], peak [F])] of one setting, means over their pairs: mean signed cosine
+def consistency(seeds):
+    """Of seeds [(W_dec [F, D], peak [F])] of one setting, means over their pairs: mean signed cosine
     of a one-to-one matching of latents (PW-MCC of Song et al. 2025, stability of Wang et al. 2025;
     there the best one, here if F is at most EXACT: `one_to_one`), rank correlation of matched
     indices (order, Wang et al.), and `alike`. Dead latents count in the first two. Memory beside
     the dictionaries: 20 min(F, EXACT)^2 + 4 BLOCK F bytes, 1.9 GB at F = 65,536."""
-    runs = [(normalize(W, dim=1), peak.to(W.device)) for W, peak in runs]
+    seeds = [(normalize(W, dim=1), peak.to(W.device)) for W, peak in seeds]
     cosine, order, near = [], [], []
-    for (a, peak_a), (b, peak_b) in tqdm(list(itertools.combinations(runs, 2)), desc="agreement",
-                                         unit="pair", disable=None):
+    for (a, peak_a), (b, peak_b) in runs.Bar(list(itertools.combinations(seeds, 2)),
+                                             desc="agreement", unit="pair"):
         first = nearest(a, b)
         near += [(first[0], peak_a), (first[2], peak_b)]
         i, j, c = one_to_one(a, b, first)
@@ -284,4 +283,4 @@ def consistency(runs):
                                                          for c, peak in near]))
                                   for t in (0.7, 0.8, 0.9)}) for share in (0.003, 0.05, 0.25, 1.0)]
     return dict(matched_cosine=float(np.mean(cosine)), cosine_of_pairs=cosine,
-                exact=len(runs[0][0]) <= EXACT, order=float(np.mean(order)), alike=table)
+                exact=len(seeds[0][0]) <= EXACT, order=float(np.mean(order)), alike=table)

@@ -30,6 +30,7 @@ import torch
 from torch.nn.functional import normalize
 
 import runs
+from evaluation.probes import untrained
 from sources.shards import Shards
 
 def embeddings(path, source):
@@ -81,19 +82,11 @@ def summary(score, rows):
                 best=live.max().item(), worst=live.min().item(),
                 mean_10=score[rows >= 10].nanmean().item(), dead=int(dead.sum()), of=len(score))
 
-def random_codes(d_sae, k, mean, generator):
-    """An encoder with d_sae random directions, the k largest of which are active, for x [N, D]."""
-    R = normalize(torch.randn(d_sae, len(mean), generator=generator), dim=1).to(mean)
-    def encode(x):
-        vals, idx = ((x - mean) @ R.T).topk(k)
-        return torch.zeros(len(x), d_sae).to(x).scatter_(1, idx, vals.relu())
-    return encode
-
 def report(saes, rows, x, mean, E):
     """Adds the scores of each SAE on raw x [M, D], with mean [D], to its row, and the baselines."""
     base, neurons = chance(E), summary(*scores(lambda part: part, x, E))
     for sae, row in zip(runs.Bar(saes, desc="monosemanticity", unit="run"), rows):
         k = min(sae.d_sae, max(1, round(row["l0"])))
-        random = random_codes(sae.d_sae, k, mean.float(), torch.Generator().manual_seed(0))
+        random, _ = untrained(sae.d_sae, k, mean.float())
         row["monosemanticity"] = dict(summary(*scores(sae.encode, x, E)), chance=base,
                                       random=summary(*scores(random, x, E)), neurons=neurons)

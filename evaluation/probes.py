@@ -1,7 +1,7 @@
 """What first_letter.py and probing.py share: codes of an SAE, logistic regression, stored results.
 
     codes        of an SAE on x [N, D], as a sparse tensor [N, F]
-    untrained    those of a random dictionary of the same shape and sparsity: the control of both
+    untrained    those of a random dictionary of the same shape and sparsity: a control
     logistic     logistic regression
     scores       precision, recall and F1 of yes-or-no answers
     best_classes what each latent detects when it fires, with precision and recall
@@ -22,10 +22,10 @@ def codes(encode, x):
     z = torch.cat([encode(p).to_sparse() if sparse else encode(p) for p in x.split(2048)])
     return z.coalesce() if sparse else z
 
-def untrained(F, k, mean):
+def untrained(F, k, mean, seed=0):
     """(encode, W_dec [F, D]): random unit rows, of which each x fires the k largest products with
     x - mean [D]."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     W_dec = normalize(torch.randn(F, len(mean), generator=g), dim=1).to(mean.device)
     def encode(x):
         value, i = ((x - mean) @ W_dec.T).topk(k)

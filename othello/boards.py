@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
@@ -197,7 +196,7 @@ def report(saes, x, source, model, blocks, layer):
     """Board metrics of each SAE on held-out x [M, D], raw, and the F1 of each of its latents [F]
     for the property that it detects best: a list. The metrics of the baselines; the probe."""
     held, block, cut, results = HeldOut(source), blocks[layer], source.meta["norm_cut"], []
-    for sae in tqdm(saes, desc="boards", unit="run", disable=None):
+    for sae in runs.Bar(saes, desc="boards", unit="run"):
         result, _, best = measure(codes(sae, x), held.truth, held.first)
         results.append((dict(result, legal=legal_rate(model, block, cut, held, sae)), best["f1"]))
     probe = Probe(source)

@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from runs import fail, first_line, lock, rank, replacing, world_size
+from runs import fail, first_line, lock, rank, rank_0_first, replacing
 from sources.shards import Shards, survey
 from sources.source import HELD_OUT, Source
 
@@ -157,12 +157,7 @@ def known(args, shards, find):
             if not file.exists():
                 with replacing(file, "--cache-dir") as tmp, open(tmp, "wb") as f:
                     np.savez(f, **find())
-    if rank() == 0:
-        make()
-    if world_size() > 1:
-        torch.distributed.barrier()
-    if rank() > 0:
-        make()                                                # finds it, unless on another disk
+    rank_0_first(make)                           # the others find it, unless on another disk
     try:
         with np.load(file, allow_pickle=False) as found:
             return dict(found)

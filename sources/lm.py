@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from othello import game, model as gpt
-from runs import Bar, fail, first_line, has_fast_bf16, lock, rank, replacing, world_size
+from runs import Bar, fail, first_line, has_fast_bf16, lock, rank, rank_0_first, replacing
 from sources.arrays import PIECE, ArraySource, chunk_size, numbers
-from sources.shards import Shards, statistics
+from sources.shards import Shards, survey
 from sources.source import HELD_OUT
-from sources.text import Contexts, parts, text_hash
+from sources.text import Contexts, add_file, parts, text_hash
 
 NORM_CUT = 4.0                                       # in median norms
 GAMES = "games of random legal moves, Othello"       # their text
@@ -47,8 +47,8 @@ def is_othello(name):
         name is not None and (Path(name) / "weights.safetensors").is_file())
 
 def default_tokens(model):
-    """Tokens to harvest without --cache-tokens, if the text has as many. 750,000 give less than 1 %
-    more error than a million, after 2M training tokens (benchmarks/cache_tokens.py)."""
+    """Tokens to harvest without --cache-tokens, if the text has as many. Why so many:
+    docs/results.md, 'How many tokens to harvest'."""
     return 10 ** 6 if is_othello(model) else 750_000
 
 def default_context(model):
@@ -151,9 +151,7 @@ def model_hash(path, name=None):
         h.update(gpt.VERSION)
     for file in sorted(p for p in path.iterdir() if p.suffix in kinds):
         h.update(file.name.encode())
-        with open(file, "rb") as f:
-            while piece := f.read(1 << 24):
-                h.update(piece)
+        add_file(h, file)
     return h.hexdigest()
 
 def load(path, name, device, dtype):
@@ -379,7 +377,7 @@ def write_manifest(args, key, work, ids, bos, text_tokens, cut):
     where = np.concatenate([np.load(p) for p in sorted(work.glob("where-*.npy"))])
     shards = Shards(sorted(work.glob("acts-*.npy")), "--cache-dir")
     n_rows = int((where < n_train * args.context).sum())
-    mean, norm = statistics(shards, lambda rows: rows < n_rows, "--model " + args.model)
+    mean, norm, *_ = survey(shards, lambda rows: rows < n_rows, "--model " + args.model)
     save_array(work / "mean.npy", mean)
     describe(args, key, work, prepend_bos=bos, norm_cut=cut,
              dropped=1 - len(where) / (ids.size - len(ids)), n_train_rows=n_rows, mean_norm=norm,
@@ -397,13 +395,6 @@ def describe(args, key, work, **facts):
 
 META = ("model_name", "model_hash", "hook_name", "dataset_path", "text_hash", "context_size",
         "prepend_bos", "dtype", "norm_cut", "dropped", "n_train_rows")         # into cfg.json
-
-def rank_0_first(function, *args):
-    """function(*args) in every process, in that of rank 0 before the others."""
-    result = function(*args) if rank() == 0 else None
-    if world_size() > 1:
-        torch.distributed.barrier()
-    return result if rank() == 0 else function(*args)
 
 def open_cache(args, device):
     """Source of a language model's activations, harvested now unless the cache has them."""

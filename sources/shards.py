@@ -143,7 +143,3 @@ def sums(shards, is_train, flag, guess, cut):
     dropped = np.concatenate(dropped) if dropped else np.arange(0)
     (y, u), norm = total / n, norms / n
     return (guess + y).float(), norm - (u @ y).item(), dropped
-
-def statistics(shards, is_train, flag):
-    """Mean [D] and E|x - mean| over the training rows; NaN or inf anywhere fails."""
-    return survey(shards, is_train, flag)[:2]

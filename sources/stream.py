@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from othello import game
-from runs import BadInput, Bar, all_reduce, fail, rank, world_size
+from runs import BadInput, Bar, all_reduce, fail, rank, rank_0_first, world_size
 from sources import lm
 from sources.arrays import PIECE
 from sources.shards import Shards
@@ -223,9 +223,9 @@ def measure(args, stream, key, folder):
 def write_head(args, stream, key, folder, stored, mean, facts):
     """Pieces to store, mean [D] and manifest, as a folder that lm.py could have made."""
     ids = torch.cat([ids for _, ids in stored]).cpu().numpy()
-    keep = torch.cat([stream.keep(x) for x, _ in stored]).cpu()                    # [n, T - 1]
-    place = torch.arange(ids.size).view(ids.shape)[:, 1:]
-    arrays = {"acts-00000": torch.cat([x[stream.keep(x)] for x, _ in stored]).cpu().numpy(),
+    x = torch.cat([x for x, _ in stored]).cpu()                            # [n, T - 1, D]
+    keep, place = stream.keep(x), torch.arange(ids.size).view(ids.shape)[:, 1:]
+    arrays = {"acts-00000": x[keep].numpy(),
               "where-00000": place[keep].numpy(), "tokens": ids, "mean": mean.cpu().numpy()}
     if not stream.contexts:
         arrays["boards"] = game.replay(ids)
@@ -254,7 +254,7 @@ def open_stream(args, device):
     args.buffer = args.buffer or max(BATCHES * B, PASSES * in_pass)
     if args.buffer < 2 * B:
         fail(f"--buffer {args.buffer}: smaller than two batches; use at least {2 * B}")
-    path, key = lm.rank_0_first(lm.identity, args, device)
+    path, key = rank_0_first(lm.identity, args, device)
     key |= dict(stream=VERSION, buffer=args.buffer)
     folder, stream = lm.folder_of(args, key, "-stream"), None
     heads = all_reduce(torch.tensor(float(folder.exists()), device=device), "sum")
@@ -270,7 +270,8 @@ def check_memory(args, device, D):
     harvested ahead takes half of it later. The model and the SAE come on top."""
     need, free = 4 * args.buffer * D, 2 ** 60
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free = torch.cuda.mem_get_info(device)[0] + (                # and what torch has in store
+            torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     elif os.path.exists("/proc/meminfo"):
         line = next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
         free = int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -61,10 +61,14 @@ def text_hash(text):
     h = hashlib.sha256(text.encode() if is_hub_dataset(text) else b"")
     for path in [] if is_hub_dataset(text) else text_files(text):
         h.update(f"{path.suffix} {path.stat().st_size} ".encode())
-        with open(path, "rb") as f:
-            while piece := f.read(1 << 24):
-                h.update(piece)
+        add_file(h, path)
     return h.hexdigest()
+
+def add_file(h, path):
+    """Add the bytes of a file to a hash, never all of them in memory."""
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 24):
+            h.update(piece)
 
 def text_size(text):
     """Bytes of the files of --text; None for a hub data set."""

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 import runs
+from sources import lm
 from sources.toy import Toy
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -116,6 +117,17 @@ def every_lm(request, tmp_path_factory, text):
 def tiny_lm(request, tmp_path_factory, text):
     """The same; in the quick run of the first architecture alone."""
     return random_lm(request.param, tmp_path_factory.mktemp("lm"), text)
+
+@pytest.fixture
+def loud(monkeypatch):
+    """A token at which every model has ten times the activation that it would have. -> its id"""
+    real, rare = lm.residual_stream, 33
+    def residual_stream(model, block, ids):
+        x = real(model, block, ids).clone()
+        x[torch.from_numpy(ids) == rare] *= 10
+        return x
+    monkeypatch.setattr(lm, "residual_stream", residual_stream)
+    return rare
 
 # --- CLAIMS.md: tests/claims.py -------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import one_hot
 
 import evaluate
-from conftest import random_lm
 from evaluation import first_letter, probes, probing, roles
 from sources import lm
 from test_evaluate import save

@@ -20,6 +20,7 @@ from conftest import ROOT, random_lm
 from evaluation.saved import SAE
 from othello import boards
 from sources import lm, stream, text
+from test_runs import hooked, torchrun
 
 CPU = torch.device("cpu")
 CONTEXT = 127                                  # rows of a context
@@ -156,14 +157,8 @@ def test_the_head_is_a_cache_of_rows_that_are_never_served(gpt2, folder, tmp_pat
     assert again.stream is None and torch.equal(again.heldout(), source.heldout()) and again.scale == source.scale
     assert torch.equal(again.batch(3), source_of(argv).batch(3))
 
-def test_outliers_are_dropped(gpt2, folder, tmp_path, monkeypatch):
+def test_outliers_are_dropped(gpt2, folder, tmp_path, loud):
     """As in the cache: a token with ten times the norm of the others is never served, nor held out."""
-    real, rare = lm.residual_stream, 33
-    def loud(model, block, ids):
-        x = real(model, block, ids).clone()
-        x[torch.from_numpy(ids) == rare] *= 10
-        return x
-    monkeypatch.setattr(lm, "residual_stream", loud)
     source = source_of(flags(gpt2, folder, tmp_path))
     source.batch(0)
     assert 0.001 < source.meta["dropped"] < 0.2
@@ -172,16 +167,8 @@ def test_outliers_are_dropped(gpt2, folder, tmp_path, monkeypatch):
 
 # --- runs -----------------------------------------------------------------------------------------
 
-def hooked(tmp_path, lines):
-    """topk_sae.py after these lines of Python, as a file."""
-    path = tmp_path / "hooked.py"
-    path.write_text(f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, topk_sae as script\n"
-                    f"from sources.stream import Stream\n{lines}\n"
-                    "with script.runs.one_line_errors():\n    script.train(script.parse_args())\n")
-    return path
-
 # SIGKILL within the refill before step 64: the last save is that of step 60
-KILL = """
+KILL = """from sources.stream import Stream
 take, calls = Stream.take, []
 def killed(self, ring, slots, bar=None):
     calls.append(1)
@@ -201,23 +188,20 @@ def test_resume_is_exact(gpt2, folder, tmp_path):
     assert SAE(out).d_in == 32
     assert (out / "state.pt").stat().st_size < 8192 * 32 * 2               # the last save has no ring
 
-def torchrun(*argv):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-                           *map(str, argv)], cwd=ROOT, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-
 def losses(out):
     return [json.loads(line)["loss"] for line in open(out / "metrics.jsonl")]
 
 def test_two_processes_see_the_rows_of_one(gpt2, folder, tmp_path):
     """Head and batches are the same to the bit, before and after refills; the loss to 1e-6, while the weights are."""
     argv = lambda where: flags(gpt2, folder, where, "--log-every", 1, "--tokens", 256 * 40)
-    lines = f"""
-real = script.train_step
-def step(sae, opt, x, state, step, *rest):
+    lines = f"""import torch
+from sources.stream import StreamSource
+real = StreamSource.batch
+def batch(self, step):
+    x = real(self, step)
     torch.save(x, f"{tmp_path}/{{step}}-{{os.environ['RANK']}}.pt")
-    return real(sae, opt, x, state, step, *rest)
-script.train_step = step"""
+    return x
+StreamSource.batch = batch"""
     train(argv(tmp_path), tmp_path / "one")
     job = torchrun(hooked(tmp_path, lines), *argv(tmp_path / "other"), "--out", tmp_path / "two")
     assert job.returncode == 0, job.stderr
@@ -245,9 +229,10 @@ def test_resume_of_two_processes_is_exact(gpt2, folder, tmp_path):
     assert equal(runs.load_sae(out)[1], whole)
     rest = train(argv, alone, "--resume")
     assert all(torch.allclose(rest[n], whole[n], atol=0.02) for n in whole)
-    fail = """
+    fail = """import runs
+from sources.stream import Stream
 if os.environ["RANK"] == "1":
-    Stream.harvest = lambda self, piece: script.runs.fail("--layer: broken")"""
+    Stream.harvest = lambda self, piece: runs.fail("--layer: broken")"""
     job = torchrun(hooked(tmp_path, fail), *argv, "--out", tmp_path / "bad")
     said = [line for line in job.stderr.splitlines() if "error: " in line]
     assert job.returncode and len(said) == 1 and "rank 1: error: --layer: broken" in said[0], job.stderr

@@ -265,7 +265,7 @@ def alike(cosine, peak, share, t):
     return (cosine[best] > t).double().mean().item()
 
 def consistency(seeds):
-    """Of seeds [(W_dec [F, D], peak [F])] of one setting, means over their pairs: mean signed cosine
+    """Of seeds [(W_dec [F, D], peak [F])] of one setting, means over pairs: mean signed cosine
     of a one-to-one matching of latents (PW-MCC of Song et al. 2025, stability of Wang et al. 2025;
     there the best one, here if F is at most EXACT: `one_to_one`), rank correlation of matched
     indices (order, Wang et al.), and `alike`. Dead latents count in the first two. Memory beside

@@ -104,7 +104,7 @@ def linear_probe(X, Y, batch, decay, l1=0.0, seed=0):
     """w [C, D] and b [C] of C yes-or-no probes on X [N, D], dense or sparse, for Y [N, C] of 0 and
     1: Adam on binary cross-entropy, positives weighted up to the negatives, + l1 mean_c |w_c|_1."""
     g, (N, C) = torch.Generator().manual_seed(seed), Y.shape
-    w, b = torch.zeros(X.shape[1], C, device=X.device), torch.zeros(C, device=X.device)
+    w, b = (torch.zeros(*shape, C, dtype=X.dtype, device=X.device) for shape in (X.shape[1:], ()))
     opt = torch.optim.Adam([w.requires_grad_(), b.requires_grad_()], lr=STEPS["lr"],
                            weight_decay=decay, fused=True)
     weight = (N - Y.sum(0)) / Y.sum(0).clamp(min=1)

@@ -43,7 +43,7 @@ def logistic(X, y, C=1.0, balanced=False, steps=200):
     scale = ((X * X).mT @ ones / N - centre ** 2).clamp(min=0).sqrt()
     scale = torch.where(scale > 1e-6 * centre.abs(), scale, 1)
     v, b = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(share).requires_grad_()
-    opt = torch.optim.LBFGS([v, b], max_iter=steps, tolerance_grad=1e-7, tolerance_change=1e-10,
+    opt = torch.optim.LBFGS([v, b], max_iter=steps, tolerance_grad=1e-11, tolerance_change=1e-14,
                             history_size=20, line_search_fn="strong_wolfe")
     def closure():
         opt.zero_grad()

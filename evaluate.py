@@ -19,7 +19,7 @@ cannot be measured costs one line and the exit code 2; the others are measured a
 record paths as they were given: evaluate them from the folder where they were trained, or name the
 data.
 """
-import datetime, json
+import datetime, functools, json
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch
 
 import data
 import runs
-from evaluation import cones, first_letter, metrics, monosemanticity, page, probing
+from evaluation import cones, first_letter, metrics, monosemanticity, page, probing, roles
 from evaluation.latents import chosen, features, print_features
 from evaluation.probes import without_nan
 from evaluation.saved import SAE, data_flags, open_data
@@ -47,7 +47,7 @@ def parse_args(argv=None):
         "othello, that say most about the board)")
     add("--consistency", action="store_true", help="compare runs that differ in --seed alone")
     add("--cones", action="store_true", help="do few latents add up to the directions of known "
-        "properties? For othello and toys; some seconds a run")
+        "properties (boards, toys' features, first letters, roles of tokens)? Kept as --probes")
     add("--embeddings", type=Path, help="monosemanticity by these: .npy or .safetensors, a row for "
         "each row of --activations (on othello: always, by the boards)")
     add("--probes", action="store_true", help="first letters of words, roles of tokens in Python: "
@@ -69,8 +69,8 @@ def parse_args(argv=None):
             args.features = [int(i) for i in args.features.split(",")]
         except ValueError:
             parser.error(f"--features {args.features}: use numbers as in 12,57, or top")
-    if args.labels and not args.probes:
-        parser.error("--labels: is for --probes; add that")
+    if args.labels and not (args.probes or args.cones):
+        parser.error("--labels: is for --probes and --cones; add one")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot {args.plot}: name it .png, .svg or .pdf")
     return args
@@ -112,10 +112,14 @@ def measure(sae, x, mean, source):
         row["truth"] = metrics.recovery(sae, source.truth, source.mean.cpu())
     return row, latents
 
-def references(source, x, probe):
-    """{name: [n, D]}, directions of what is known to be true of raw activations x, for --cones."""
+def references(source, x, probe, words, tokens):
+    """{name: [n, D]}, directions of what is known to be true of raw activations x, for --cones:
+    by the probe of boards, or by words() and tokens() of a language model, where there are any."""
     if probe:
         return boards.directions(probe, boards.HeldOut(source), x)
+    if words:
+        return {"first letters": words().p[words().passed]} | (
+            {"roles of tokens": probing.directions(*tokens())} if tokens else {})
     if source.truth:
         return {"true features": source.truth.features.to(x)}
     runs.fail(f"--cones: of {source.meta['model_name']} no true directions are known; leave it out "
@@ -138,7 +142,8 @@ def evaluate_group(key, saes, args):
     games = text and lm.is_othello(name)                        # whose true features are known
     if args.probes and (games or not text):
         attempt(runs.fail, f"--probes: {name} has no words; leave it out for these runs")
-    probe = args.probes and text and not games
+    probe = (args.probes or args.cones) and text and not games
+    words = tokens = facts = None
     if text and (args.contexts or args.features or args.html or games or probe):
         model, tokenizer, blocks = lm.load(lm.model_dir(name, source.flags.cache_dir), name,
                                            source.device, getattr(torch, source.meta["dtype"]))
@@ -150,11 +155,18 @@ def evaluate_group(key, saes, args):
             for row, result in zip(rows, results):
                 row["language"] = result
     if probe:
-        of = saes, source, model, tokenizer, blocks[layer]
-        for kind, results in (("first_letter", attempt(first_letter.report, *of)),
-                              ("probing", attempt(probing.report, *of, args.labels))):
-            for row, result in zip(rows, results or []):
-                row[kind] = result
+        of, facts = (model, tokenizer, blocks[layer]), probing.facts(source)
+        words = functools.cache(lambda: first_letter.prepare(*of))
+        if examples := attempt(probing.documents, args.labels):
+            facts.append(examples[0])
+            tokens = functools.cache(lambda: probing.prepare(examples[1], *of, *facts[3:5]))
+    if args.probes and probe:
+        found = attempt(first_letter.report, saes, facts[:3], words)
+        for row, result in zip(rows, found or []):
+            row["first_letter"] = result
+        found = attempt(probing.report, saes, facts, tokens) if tokens else None
+        for row, result in zip(rows, found or []):
+            row["probing"] = result
     if games:
         games = attempt(boards.report, saes, x, source, model, blocks, layer)
     if games:
@@ -168,8 +180,10 @@ def evaluate_group(key, saes, args):
         E = E if found is None else found
     if E is not None:
         monosemanticity.report(saes, rows, x, mean, E)
-    if args.cones and (known := attempt(references, source, x, games and games[2])):
-        attempt(cones.report, measured, x, mean, known)
+    if args.cones:
+        known = functools.partial(references, source, x, games and games[2], words, tokens)
+        attempt(cones.report, measured, x, mean, known, [source.meta, facts], boards.__file__,
+                first_letter.__file__, probing.__file__, roles.__file__)
     shown = tables(rows)
     if args.consistency and (table := agreement(measured)):
         shown.append(table)

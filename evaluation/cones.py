@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import normalize
 
 import runs
-from evaluation import metrics
+from evaluation import metrics, probes
 
 BUDGET, DRAWS = 16, 3
 THRESHOLDS = 0.5, 0.9
@@ -85,12 +85,16 @@ def average(values):
         return [average(v) for v in zip(*values)]
     return sum(values) / len(values)
 
-def report(measured, x, mean, references):
-    """Adds to the row of each (SAE, row, (rate, ...)) the measures of its live latents, by the
-    references {name: [n, D]}; x [M, D] is raw."""
-    mean = mean.float()
+def report(measured, x, mean, references, facts, *code):
+    """Adds to the row of each (SAE, row, (rate, ...)) the measures of its live latents, from its
+    probes.json if that has them. references() gives {name: [n, D]}; x [M, D] is raw; facts and the
+    files of code say what both depend on."""
+    mean, known = mean.float(), None
     for sae, row, (rate, *_) in runs.Bar(measured, desc="cones", unit="run"):
-        W = sae.t["W_dec"][rate > 0]
-        row["cones"] = {name: dict(measure(R, W), references=len(R), latents=len(W),
+        stored = probes.Stored("cones", sae, facts, __file__, metrics.__file__, *code)
+        if not stored.result:
+            W, known = sae.t["W_dec"][rate > 0], known or references()
+            stored.put({name: dict(measure(R, W), references=len(R), latents=len(W),
                                    controls=controls(R, W, x, mean))
-                        for name, R in references.items() if len(W)}
+                        for name, R in known.items() if len(W)})
+        row["cones"] = stored.result

@@ -132,6 +132,14 @@ def task(x, letter):
     return SimpleNamespace(x=x, Y=Y, fit=fit, choose=choose, score=score, p=normalize(p, dim=1),
                            yes=yes, f1=f1, passed=(f1 > GOOD_F1).nonzero()[:, 0].tolist())
 
+def prepare(model, tokenizer, block):
+    """The words of a model, their activations before `block`, and the probes of the letters."""
+    words = task(*harvest(model, tokenizer, block))
+    if not words.passed:
+        runs.fail(f"--probes: no first letter can be told from this layer with F1 above {GOOD_F1}, "
+                  "so none is absorbed there; choose another --layer")
+    return words
+
 def main_latents(Z, words):
     """Of each letter its main latents, and the F1 of the first alone and of all, on the words of
     the part `choose`; Z: sparse codes [W, F]."""
@@ -199,17 +207,14 @@ def summary(letters):
         out[name + "_se"] = (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")
     return out
 
-def report(saes, source, model, tokenizer, block):
-    """The result of each SAE, with those of the controls, from its probes.json if that has it."""
-    facts = [source.meta[k] for k in ("model_hash", "hook_name", "dtype")]
+def report(saes, facts, examples):
+    """The result of each SAE, with those of the controls, from its probes.json if that has it;
+    examples() gives what prepare() does, and facts say what that depends on."""
     stored = [probes.Stored("first_letter", sae, facts, __file__) for sae in saes]
     if all(s.result for s in stored):
         return [s.result for s in stored]
-    words = task(*harvest(model, tokenizer, block))
+    words = examples()
     passed, mean = words.passed, words.x[words.fit].mean(0)
-    if not passed:
-        runs.fail(f"--probes: no first letter can be told from {source.meta['hook_name']} with F1 "
-                  f"above {GOOD_F1}, so none is absorbed there; choose another --layer")
     random, controls = {}, next((s.result["controls"] for s in stored if s.result), None)
     for sae, s in zip(runs.Bar(saes, desc="first letters", unit="run"), stored):
         if s.result:

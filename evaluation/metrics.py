@@ -140,6 +140,20 @@ def hedging(W_dec, V, i, j, generator=None):
     return max(0.0, (q(V[missing]) - q0) / (1 - q0))
 
 @torch.no_grad()
+def hedging_degree(widened, control, n, draws=50, generator=None):
+    """How far the old latents of an SAE leave the span of n new ones once it has these: h, as in
+    the code of Chanin et al. 2025 (arXiv 2505.11756). widened [F + n, D] and control [F, D] are
+    W_dec of one SAE, trained on with n more latents and as it was. P: the projector on the new
+    rows; delta_i = widened_i - control_i, of unit rows; q = mean_i |P delta_i|, q0 the same with n
+    random directions, mean of draws: h = max(0, (q - q0) / (1 - q0))."""
+    widened, control = (normalize(W.double().cpu(), dim=1) for W in (widened, control))
+    delta = widened[:-n] - control
+    q = lambda rows: (delta @ torch.linalg.qr(rows.T).Q).norm(dim=1).mean().item()
+    random = [q(torch.randn(n, delta.shape[1], generator=generator, dtype=torch.double))
+              for _ in range(draws)]
+    q0 = sum(random) / draws
+    return dict(h=max(0.0, (q(widened[-n:]) - q0) / (1 - q0)), q=q(widened[-n:]), q0=q0)
+
 def ground_truth(W_dec, codes, toy, z, generator=None):
     """Recovery of the features of a Toy by W_dec [F, D], whose codes z [M, F] stand beside the true
     codes [M, n]."""

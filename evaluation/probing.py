@@ -99,7 +99,7 @@ def examples(label, part, C, seed=0):
             out[c] = sets
     return out
 
-def prepare(documents, tokenizer, model, block, cut, T):
+def prepare(documents, model, tokenizer, block, cut, T):
     """x [N, D] float16 of all tokens, and {task: its classes, their examples as rows of x or, where
     there is `share` [n, T], each token's in the mean, of contexts; ids of an example's tokens,
     [N, 1] or [n, T]}."""
@@ -156,16 +156,17 @@ def sparse_probes(Z, sets):
     return out
 
 def full_probe(Z, sets):
-    """Scores of one class by all columns of Z, with the penalty that does best on the 2nd part."""
+    """Scores of one class by all columns of Z, with the penalty that does best on the 2nd part; and
+    the probe's weights, [F]."""
     (fit, y), (choose, y_choose), (test, y_test) = [(r.to(Z.device), y.to(Z.device))
                                                     for r, y in sets]
     X, best = Z.index_select(0, fit), (-1,)
     for C in PENALTIES:
         w, b = probes.logistic(X, y, C, steps=TUNED)
         logit = lambda rows: Z.index_select(0, rows).double() @ w + b
-        best = max(best, (score(logit(choose), y_choose)["accuracy"], C, logit(test)),
+        best = max(best, (score(logit(choose), y_choose)["accuracy"], w, logit(test)),
                    key=lambda found: found[0])
-    return score(best[2], y_test)
+    return score(best[2], y_test), best[1]
 
 def token_probe(ids, sets):
     """Scores of one class by the ids [N, t] of an example's tokens alone: log odds of each, seen
@@ -195,7 +196,7 @@ def measure(encode, x, tasks):
     whole = {t: averaged(Z, task.share) for t, task in tasks.items() if task.share is not None}
     def probe(task, sets):
         own = whole.get(task, Z)
-        return sparse_probes(own, sets) | {"all": full_probe(own, sets)}
+        return sparse_probes(own, sets) | {"all": full_probe(own, sets)[0]}
     l0 = (Z.values() if Z.is_sparse else Z).count_nonzero().item() / len(Z)
     best = {name: probes.best_classes(Z, t.label, t.names) for name, t in tasks.items()
             if t.share is None}
@@ -226,17 +227,32 @@ def besides(sae, l0, x, tasks):
     counted = [t for t in tasks if accuracy["full"][t] > accuracy["token"][t] + MARGIN]
     return {name: summary(found, counted) for name, found in rows.items()} | dict(counted=counted)
 
-def report(saes, source, model, tokenizer, block, labels=None):
+def directions(x, tasks):
+    """[n, D]: the full probe of every class of the tasks of tokens, for evaluation/cones.py."""
+    x = x.float()
+    return torch.stack([full_probe(x, sets)[1].float() for task in tasks.values()
+                        if task.share is None for sets in task.classes.values()])
+
+def facts(source):
+    """What the activations of examples depend on."""
+    return [source.meta[k] for k in ("model_hash", "hook_name", "dtype", "norm_cut",
+                                     "context_size")]
+
+def documents(labels):
+    """The file of --labels, or Python's standard library for None: what to know it by, and its
+    documents."""
+    if labels:
+        found = list(roles.labelled(labels))
+        return found, found
+    return [platform.python_version(), text_hash(None)], roles.standard_library()
+
+def report(saes, facts, examples):
     """The result of each SAE, with what stands beside it, from its probes.json if that has it;
-    labels: the file of --labels, or None."""
-    meta, T = source.meta, source.meta["context_size"]
-    documents = list(roles.labelled(labels)) if labels else roles.standard_library()
-    facts = [meta["model_hash"], meta["hook_name"], meta["dtype"], meta["norm_cut"], T,
-             documents if labels else [platform.python_version(), text_hash(None)]]
+    examples() gives x and tasks, of prepare()."""
     stored = [probes.Stored("probing", sae, facts, __file__, roles.__file__) for sae in saes]
     if all(s.result for s in stored):
         return [s.result for s in stored]
-    x, tasks = prepare(documents, tokenizer, model, block, meta["norm_cut"], T)
+    x, tasks = examples()
     beside = next((s.result["beside"] for s in stored if s.result), None)
     for sae, s in zip(runs.Bar(saes, desc="probing", unit="run"), stored):
         if s.result:

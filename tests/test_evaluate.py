@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import normalize
 
 import evaluate
 import runs
@@ -159,6 +160,18 @@ def test_absorption_and_hedging_by_hand():
     assert metrics.hedging(V, V, torch.arange(2), torch.arange(2)) is None               # all found
     many = torch.randn(20, 8, generator=g)                     # those without a latent span all of R^8
     assert metrics.hedging(many[:5], many, torch.arange(5), torch.arange(5)) is None
+
+def test_hedging_degree_of_a_planted_mixture():
+    """Old latents that let go of what the new ones take; that move elsewhere; that do not move."""
+    g = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(60, 60, generator=g)).Q
+    pure, new, other = Q[:20], Q[20:24], Q[24:44]
+    mixed = normalize(pure + 0.5 * new.repeat(5, 1), dim=1)
+    got = metrics.hedging_degree(torch.cat([pure, new * 3]), mixed * 2, 4, generator=g)
+    assert got["q"] == pytest.approx(0.5 / 1.25 ** 0.5, abs=1e-6) and got["h"] > 0.3 and 0.1 < got["q0"] < 0.15
+    elsewhere = metrics.hedging_degree(torch.cat([normalize(pure + 0.5 * other, dim=1), new]), pure, 4, generator=g)
+    assert elsewhere["h"] == 0 and elsewhere["q"] == pytest.approx(0, abs=1e-6)
+    assert metrics.hedging_degree(torch.cat([pure, new]), pure, 4, generator=g)["h"] == 0
 
 def test_consistency_by_hand():
     """A dictionary and its reversal agree perfectly, in the opposite order; random ones do not."""

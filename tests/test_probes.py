@@ -292,8 +292,11 @@ def test_the_command(spelling_lm, capsys, monkeypatch, tmp_path, cache, few):
     eye = torch.eye(48)[:, :26].contiguous()
     path = save(tmp_path / "letters", eye, eye.T, b_enc=torch.full((26,), -0.2), flags=flags)
     other = save(tmp_path / "other", eye, eye.T, flags=flags)
-    assert run(path, "--probes", "--contexts", 0) == 0
+    assert run(path, "--probes", "--cones", "--contexts", 0) == 0
     out = capsys.readouterr().out
+    cones = json.loads((path / "evaluation.json").read_text())["cones"]
+    assert cones["first letters"]["references"] == 26 and cones["roles of tokens"]["references"] > 2
+    assert "Concept cones: first letters" in out and "Concept cones: roles of tokens" in out
     row = json.loads((path / "evaluation.json").read_text())["first_letter"]
     assert "k-sparse probing by task" in out
     both = json.loads((path / "evaluation.json").read_text())
@@ -307,7 +310,8 @@ def test_the_command(spelling_lm, capsys, monkeypatch, tmp_path, cache, few):
     harvest = first_letter.harvest
     with monkeypatch.context() as no:
         no.setattr(first_letter, "harvest", None), no.setattr(probing, "prepare", None)
-        assert run(path, "--probes", "--contexts", 0) == 0
+        assert run(path, "--probes", "--cones", "--contexts", 0) == 0
+    assert json.loads((path / "evaluation.json").read_text())["cones"] == cones
     assert json.loads((path / "evaluation.json").read_text())["probing"] == both["probing"]
     assert json.loads((path / "evaluation.json").read_text())["first_letter"] == row
     calls = []
@@ -374,7 +378,7 @@ def test_bad_labels(row, words, one_line, tmp_path):
 
 def test_bad_flags_of_probes(one_line, tmp_path):
     one_line(lambda: list(roles.labelled(tmp_path / "none")), "--labels", "No such file")
-    one_line(lambda: evaluate.parse_args(["a", "--labels", "l"]), "--labels", "--probes")
+    one_line(lambda: evaluate.parse_args(["a", "--labels", "l"]), "--labels", "--probes", "--cones")
     slow = SimpleNamespace(is_fast=False)
     one_line(lambda: probing.contexts([], slow, 16, []), "--probes", "no offsets")
-    one_line(lambda: probing.prepare([], Words(), None, None, 1, 16), "no class has")
+    one_line(lambda: probing.prepare([], None, Words(), None, 1, 16), "no class has")

@@ -46,7 +46,7 @@ def speed(name, flags, minutes):
                  peers=True, alone=True)
 
 def three(name, minutes, files, peers):
-    command = f"python benchmarks/{name}.py"
+    command = f"python benchmarks/{name.replace('-', '_')}.py"
     return Entry(name, [f"{command} {what} --runs runs/all/{name}" for what in ("train", "evaluate", "report")], files,
                  minutes, peers)
 
@@ -87,6 +87,11 @@ ENTRIES = [
     Entry("large-array", ["python benchmarks/large_array.py --out benchmarks/results/large-array.md"], ["large-array.md"], 4,
           alone=True),                                           # 20 GB in the folder of temporary files
     three("cones", 150, ["cones.md", "cones.png", "cones.json"], False),
+    three("which-l0", 80, ["which-l0.md", "which-l0.png", "which-l0.json"], False),
+    three("ground-truth", 230, ["ground-truth.md", "ground-truth.json"], False),
+    Entry("hedging", ["python benchmarks/hedging.py --runs benchmarks/results/hedging.jsonl "
+                      "--out benchmarks/results/hedging.md"], ["hedging.md", "hedging.jsonl"], 60),
+    Entry("saebench", ["python benchmarks/saebench_check.py --out benchmarks/results/saebench.md"], ["saebench.md"], 2, peers=True),
     Entry("monosemanticity", ["python benchmarks/monosemanticity.py --out benchmarks/results/monosemanticity.md"],
           ["monosemanticity.md"], 5),
     Entry("run-times", ["python benchmarks/run_times.py --out benchmarks/results/run-times.md"], ["run-times.md"], 40, alone=True),

@@ -9,7 +9,7 @@ evaluation/cones.py, on --model othello, layer 6, with 188 directions of the boa
 batches of 2048, k = 4 ... 128 active of F = 2 D ... 32 D latents, seeds 0 and 1. Containment grows with F by chance: as
 many random directions stand beside it, and the table has what is above them.
 """
-import argparse, json, subprocess, sys
+import json, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +27,10 @@ SHOWN = {"containment at m = 4": lambda c: c["containment"][M - 1],
          "cosine one to one": lambda c: c["cosine"]}
 
 def train(args):
-    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in RUNS.items()})
+    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in RUNS.items()}, args.part)
 
 def evaluate(args):
-    names = [name for name in RUNS if (args.runs / name / "cfg.json").exists()]
-    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, "--cones", "--contexts", "0"], cwd=args.runs, check=True)
-    rows = {name: json.loads((args.runs / name / "evaluation.json").read_text()) for name in names}
+    rows = trained.evaluate(args.runs, RUNS, "--cones", "--contexts", "0")
     rows = {name: {key: row[key] for key in ("fvu", "dead", "cones", "monosemanticity")}
             | dict(coverage=row["boards"]["coverage"]) for name, row in rows.items()}
     (RESULTS / "cones.json").write_text(json.dumps(dict(machine=machine(), runs=rows), indent=1) + "\n")
@@ -76,13 +74,5 @@ def report(args):
     (RESULTS / "cones.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "evaluate", "report"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/cones"), help="folder of the run directories")
-    args = parser.parse_args()
-    args.runs = args.runs.absolute()
-    globals()[args.what](args)
-
 if __name__ == "__main__":
-    main()
+    trained.main(__doc__, "cones", train=train, evaluate=evaluate, report=report)

@@ -9,7 +9,7 @@ its defaults at an L0 of 32 (seeds 0, 1, 2) and 64 (seed 0), p-annealed L1 and g
 TopK also on the untrained model, and at layers 1 to 7 (L0 32), where steer.py edits boards through its latents.
 The published figures are those of papers on models and SAEs of other sizes; only their order is compared.
 """
-import argparse, json, subprocess, sys
+import json, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -49,14 +49,11 @@ RUNS = dict(
     + [command(f"layer-{layer}", "topk", K[32], layer=layer) for layer in LAYERS if layer != 6])
 
 def train(args):
-    i, n = map(int, args.part.split("/"))
-    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in list(RUNS.items())[i::n]})
+    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in RUNS.items()}, args.part)
 
 def evaluate(args):
     """evaluate.py on all finished runs; then steer: steer.py on TopK's of every layer."""
-    names = [name for name in RUNS if (args.runs / name / "cfg.json").exists()]
-    subprocess.run([sys.executable, ROOT / "evaluate.py", *names], cwd=args.runs, check=True)
-    rows = {name: json.loads((args.runs / name / "evaluation.json").read_text()) for name in names}
+    rows = trained.evaluate(args.runs, RUNS)
     for row in rows.values():
         del row["density"], row["run"]
     write(runs=rows)
@@ -135,14 +132,5 @@ def report(args):
     (RESULTS / "othello.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "evaluate", "steer", "report"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/othello"), help="folder of the run directories")
-    parser.add_argument("--part", default="0/1", help="train every second run, from the first: 0/2; the others: 1/2")
-    args = parser.parse_args()
-    args.runs = args.runs.absolute()
-    globals()[args.what](args)
-
 if __name__ == "__main__":
-    main()
+    trained.main(__doc__, "othello", train=train, evaluate=evaluate, steer=steer, report=report)

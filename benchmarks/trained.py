@@ -1,15 +1,16 @@
 """What benchmarks share that compare finished runs of our scripts."""
-import shutil, subprocess, sys
+import argparse, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-def train(folder, commands):
+def train(folder, commands, part="0/1"):
     """Run each of {name: words of a command, a script first} into folder / name, unless that has finished; what it prints
-    goes into a .log beside. One that fails stops no other; all of these are named at the end."""
+    goes into a .log beside. One that fails stops no other; all of these are named at the end. part: as --part."""
     folder.mkdir(parents=True, exist_ok=True)
+    first, step = map(int, part.split("/"))
     failed = []
-    for name, argv in commands.items():
+    for name, argv in list(commands.items())[first::step]:
         if not (folder / name / "cfg.json").exists():
             shutil.rmtree(folder / name, ignore_errors=True)
             with open(folder / f"{name}.log", "w") as log:
@@ -19,3 +20,20 @@ def train(folder, commands):
             failed += [name] if code else []
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+def evaluate(folder, names, *flags):
+    """{name: its evaluation.json} of evaluate.py with these flags on the finished runs among names."""
+    names = [name for name in names if (folder / name / "cfg.json").exists()]
+    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, *flags], cwd=folder, check=True,
+                   env={**os.environ, "TQDM_DISABLE": "1"})
+    return {name: json.loads((folder / name / "evaluation.json").read_text()) for name in names}
+
+def main(doc, name, **steps):
+    """The command line of such a benchmark: a step by its name, {name: function(flags)}."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(steps))
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="folder of the run directories")
+    parser.add_argument("--part", default="0/1", help="train every second run, from the first: 0/2; the others: 1/2")
+    args = parser.parse_args()
+    args.runs = args.runs.absolute()
+    steps[args.what](args)

@@ -1,0 +1,93 @@
+"""Which method is best at what, where the truth in a language model is known? All methods, two layers of smollm2.
+
+    python benchmarks/ground_truth.py train --runs runs/ground-truth       # resumable; finished runs are kept
+    python benchmarks/ground_truth.py evaluate --runs runs/ground-truth    # into benchmarks/results/ground-truth.json
+    python benchmarks/ground_truth.py report                               # its tables: benchmarks/results/ground-truth.md
+
+The settings of compare.py (2M tokens, 8 D latents, each script with its defaults; finished runs of compare.py beside --runs,
+in ../compare, are taken over), at layers 6 and 18 of 30, at an L0 of 32 (seeds 0, 1, 2), 16 and 64 (seed 0). Measures:
+evaluation/first_letter.py, probing.py and cones.py, each with its controls. A standard error is that of the mean of three
+seeds; with one seed there is none.
+"""
+import json, shutil, sys
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import compare, trained
+from speed import machine
+
+RESULTS = ROOT / "benchmarks/results"
+LAYERS = 6, 18
+SEEDS = {32: (0, 1, 2), 16: (0,), 64: (0,)}
+RUNS = {f"{layer}-{name}-{l0}-s{seed}": f"{script}_sae.py {compare.DATA} {flags[l0]} --seed {seed} --log-every 500".replace(
+            "--layer 6", f"--layer {layer}").split()
+        for layer in LAYERS for l0, seeds in SEEDS.items() for seed in seeds for name, (script, flags) in compare.METHODS.items()}
+letters = lambda key: lambda r: r["first_letter"][key]
+probed = lambda k, key="accuracy": lambda r: r["probing"][k][key]
+contained = lambda kind, of=lambda c: c: lambda r: of(r["cones"][kind])["containment"][3]
+COLUMNS = {                                                       # name: value of a row, format
+    "L0": (lambda r: r["l0"], ".1f"), "FVU": (lambda r: r["fvu"], ".4f"),
+    "absorption": (letters("absorption"), ".3f"), "full": (letters("full"), ".3f"), "F1 of the best latent": (letters("f1_first"), ".3f"),
+    "probing, k = 1": (probed("1"), ".3f"), "k = 5": (probed("5"), ".3f"), "all": (probed("all"), ".3f"),
+    "letters in 4 latents": (contained("first letters"), ".3f"), "roles in 4 latents": (contained("roles of tokens"), ".3f")}
+
+def train(args):
+    for name in RUNS:
+        made = args.runs.parent / "compare" / name.replace("6-", "ours-", 1)
+        if name.startswith("6-") and (made / "cfg.json").exists() and not (args.runs / name).exists():
+            shutil.copytree(made, args.runs / name, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
+    trained.train(args.runs, RUNS, args.part)
+
+def evaluate(args):
+    rows = trained.evaluate(args.runs, RUNS, "--probes", "--cones", "--contexts", "0")
+    for row in rows.values():
+        row["first_letter"] = {k: v for k, v in row["first_letter"].items() if k != "latents"}
+        row["probing"] = {k: v for k, v in row["probing"].items() if k not in ("latents", "classes")}
+    kept = {name: {k: row[k] for k in ("l0", "fvu", "dead", "first_letter", "probing", "cones")} for name, row in rows.items()}
+    (RESULTS / "ground-truth.json").write_text(json.dumps(dict(machine=machine(), runs=kept)) + "\n")
+
+def cell(values, form):
+    """Mean, and the standard error of several."""
+    return format(mean(values), form) + (f" \u00b1 {stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else "")
+
+def beside(first):
+    """The rows of controls, of the first run: {name: {column: value}}."""
+    l, p, c = first["first_letter"], first["probing"]["beside"], first["cones"]
+    names = {"absorption": "absorption", "full": "full", "F1 of the best latent": "f1_first"}
+    out = {name: {column: l["controls"][name][key] for column, key in names.items()} for name in ("untrained", "coordinates", "shuffled")}
+    for name, column in (("untrained", "untrained"), ("residual", "coordinates"), ("token", "token alone"), ("full", "all activations")):
+        row = out.setdefault(column, {})
+        row.update({"probing, k = 1" if k == "1" else "k = 5" if k == "5" else "all": p[name][k]["accuracy"]
+                    for k in ("1", "5", "all") if k in p[name]})
+    for name in ("random", "activations", "shuffled"):
+        row = out.setdefault(dict(random="untrained").get(name, name), {})
+        row.update({f"{short} in 4 latents": c[kind]["controls"][name]["containment"][3]
+                    for short, kind in (("letters", "first letters"), ("roles", "roles of tokens"))})
+    return out
+
+def report(args):
+    found = json.loads((RESULTS / "ground-truth.json").read_text())
+    lines = [f"{found['machine']}; smollm2, {len(found['runs'])} runs. Made by benchmarks/ground_truth.py.", ""]
+    for layer in LAYERS:
+        for l0, seeds in SEEDS.items():
+            rows = {name: [found["runs"][run] for s in seeds if (run := f"{layer}-{name}-{l0}-s{s}") in found["runs"]]
+                    for name in compare.METHODS}
+            rows = {name: group for name, group in rows.items() if group}
+            if not rows:
+                continue
+            lines += [f"**Layer {layer}, L0 {l0}**", "", "| | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
+            lines += [f"| {name} | " + " | ".join(cell([f(r) for r in group], form) for f, form in COLUMNS.values()) + " |"
+                      for name, group in rows.items()]
+            lines += [f"| *{name}* | " + " | ".join(format(values[column], form) if column in values else ""
+                                                    for column, (_, form) in COLUMNS.items()) + " |"
+                      for name, values in beside(next(iter(rows.values()))[0]).items()]
+            one = next(iter(rows.values()))[0]
+            lines += ["", f"{len(one['first_letter']['letters'])} letters; probing over "
+                      f"{', '.join(one['probing']['beside']['counted'])}.", ""]
+    (RESULTS / "ground-truth.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+if __name__ == "__main__":
+    trained.main(__doc__, "ground-truth", train=train, evaluate=evaluate, report=report)

@@ -1,0 +1,78 @@
+"""Which L0? What is known of an SAE without the truth, beside what it knows of letters and tokens, over k.
+
+    python benchmarks/which_l0.py train --runs runs/which-l0       # resumable: finished runs are kept
+    python benchmarks/which_l0.py evaluate --runs runs/which-l0    # into benchmarks/results/which-l0.json
+    python benchmarks/which_l0.py report                           # its table and picture: benchmarks/results/which-l0.{md,png}
+
+Chanin and Garriga-Alonso 2025 ('Sparse but wrong', arXiv 2508.16560): with a wrong L0 latents mix features, c_dec and s_n
+(evaluation/metrics.py) are lowest at the right one, and k-sparse probing peaks there. Here TopK with its defaults on smollm2,
+layer 6, 2M tokens, 8 D latents, k = 4 ... 256, seeds 0 to 2; probing and absorption: evaluation/probing.py, first_letter.py.
+"""
+import json, sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import trained
+from speed import machine
+
+RESULTS = ROOT / "benchmarks/results"
+K, SEEDS = (4, 8, 16, 32, 64, 128, 256), (0, 1, 2)
+RUNS = {f"{k}-s{seed}": f"topk_sae.py --layer 6 --cache-tokens 1000000 --k {k} --seed {seed} --log-every 500".split()
+        for seed in SEEDS for k in K}
+COLUMNS = {                                          # name: value of a row, format, which end the claim is about
+    "FVU": (lambda r: r["fvu"], ".4f", min), "c_dec": (lambda r: r["c_dec"], ".4f", min),
+    "s_n": (lambda r: r["s_n"], ".3f", min), "dead": (lambda r: r["dead"], ".2%", None),
+    "probing, k = 1": (lambda r: r["probing"]["1"]["accuracy"], ".3f", max),
+    "k = 5": (lambda r: r["probing"]["5"]["accuracy"], ".3f", max),
+    "all": (lambda r: r["probing"]["all"]["accuracy"], ".3f", max),
+    "letters, F1 of the best latent": (lambda r: r["first_letter"]["f1_first"], ".3f", max),
+    "absorption": (lambda r: r["first_letter"]["absorption"], ".3f", None),
+    "full": (lambda r: r["first_letter"]["full"], ".3f", None),
+    "untrained": (lambda r: r["first_letter"]["controls"]["untrained"]["absorption"], ".3f", None)}
+
+def train(args):
+    trained.train(args.runs, RUNS, args.part)
+
+def evaluate(args):
+    rows = trained.evaluate(args.runs, RUNS, "--probes", "--contexts", "0")
+    kept = {name: {key: row[key] for key in ("l0", "fvu", "c_dec", "s_n", "dead")} | {
+        kind: {k: v for k, v in row[kind].items() if k not in ("letters", "latents", "classes")}
+        for kind in ("first_letter", "probing")} for name, row in rows.items()}
+    (RESULTS / "which-l0.json").write_text(json.dumps(dict(machine=machine(), runs=kept), indent=1) + "\n")
+
+def report(args):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = json.loads((RESULTS / "which-l0.json").read_text())
+    values = {name: {k: [f(found["runs"][run]) for s in SEEDS if (run := f"{k}-s{s}") in found["runs"]] for k in K}
+              for name, (f, *_) in COLUMNS.items()}
+    values = {name: {k: v for k, v in by.items() if v} for name, by in values.items()}
+    lines = [f"{found['machine']}; {len(found['runs'])} runs of topk_sae.py on smollm2, layer 6; means over seeds (largest less "
+             "smallest). Made by benchmarks/which_l0.py.", "", "| k | " + " | ".join(COLUMNS) + " |", "|--:|" + "--:|" * len(COLUMNS)]
+    for k in next(iter(values.values())):
+        lines.append(f"| {k} | " + " | ".join(
+            f"{sum(by[k]) / len(by[k]):{form}} ({max(by[k]) - min(by[k]):{form}})"
+            for by, (_, form, _) in zip(values.values(), COLUMNS.values())) + " |")
+    ends = []
+    for name, (_, _, end) in COLUMNS.items():
+        if end:
+            at = [end(K, key=lambda k: values[name][k][i]) for i in range(len(SEEDS))]
+            ends.append(f"{name}: {'lowest' if end is min else 'highest'} at k = {', '.join(map(str, at))}")
+    lines += ["", "By seed: " + "; ".join(ends) + "."]
+    fig, axes = plt.subplots(2, 4, figsize=(15, 6.5))
+    for ax, name in zip(axes.flat, [n for n, (*_, end) in COLUMNS.items() if end] + ["absorption"]):
+        for i in range(len(SEEDS)):
+            ax.plot(values[name], [v[i] for v in values[name].values()], "o-", lw=0.8, ms=4, color=f"C{i}", label=f"seed {SEEDS[i]}")
+        ax.set(xscale="log", xlabel="k", title=name)
+        ax.set_xticks(K, K)
+        ax.minorticks_off()
+    axes.flat[0].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(RESULTS / "which-l0.png", dpi=110)
+    (RESULTS / "which-l0.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+if __name__ == "__main__":
+    trained.main(__doc__, "which-l0", train=train, evaluate=evaluate, report=report)

@@ -208,7 +208,7 @@ def test_commands_parse(page):
         if script.endswith("_sae.py") or script == "evaluate.py":
             __import__(script[:-3]).parse_args(argv)
         else:
-            text = (ROOT / script).read_text() + (ROOT / "data.py").read_text()
+            text = "".join((ROOT / name).read_text() for name in (script, "data.py", "benchmarks/trained.py"))
             assert all(f'"{word}"' in text for word in argv if word.startswith("--")), command
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

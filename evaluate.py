@@ -28,7 +28,7 @@ import torch
 import data
 import runs
 from evaluation import cones, first_letter, metrics, monosemanticity, page, probing, roles
-from evaluation.latents import chosen, features, print_features
+from evaluation.latents import chosen, detects, features, print_features
 from evaluation.probes import without_nan
 from evaluation.saved import SAE, data_flags, open_data
 from evaluation.tables import agreement, plot, print_table, tables
@@ -193,9 +193,12 @@ def evaluate_group(key, saes, args):
         row.update(data=source.meta, evaluated=str(datetime.date.today()), torch=torch.__version__)
         text_of_row = json.dumps(without_nan(row), indent=1, allow_nan=False)
         attempt(write, sae.path / "evaluation.json", text_of_row, "run directory")
-        if text and (latents := attempt(chosen, sae, args, rate, total)):
+        known = detects(row)
+        if text and (latents := attempt(chosen, sae, args, rate, total, known)):
             row["features"] = list(features(sae, x, latents, rate, source, model, tokenizer,
                                             blocks))
+            for f in row["features"]:
+                f["detects"] = known.get(f["latent"], [])
             if games:
                 for f, board in zip(row["features"], boards.describe(sae, x, latents, source)):
                     f["board"] = board

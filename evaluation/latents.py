@@ -9,8 +9,23 @@ from sources import lm
 
 SHOWN, WINDOW = 10, (24, 12)        # contexts of a latent; tokens before and after its peak
 
-def chosen(sae, args, rate, total):
-    """The latents to show: those of --features or, for the page, some of every firing rate."""
+def detects(row):
+    """{latent: [(kind, class, precision, recall), ...]}, the best F1 first, of what the latents of
+    a row detect when they fire: letters, and roles of tokens, if --probes has measured that."""
+    kinds = {"letter": row.get("first_letter", {}).get("latents", {})}
+    out = {}
+    for kind, found in (kinds | row.get("probing", {}).get("latents", {})).items():
+        for latent, (name, p, r) in found.items():
+            out.setdefault(int(latent), []).append((kind, name, p, r))
+    return {latent: sorted(found, key=f1, reverse=True) for latent, found in out.items()}
+
+def f1(found):
+    *_, p, r = found
+    return 2 * p * r / max(p + r, 1e-9)
+
+def chosen(sae, args, rate, total, known):
+    """The latents to show: those of --features or, for the page, some of every firing rate, and of
+    each class that any detects (known, as detects() has it) the best at that."""
     if args.features == "top":
         return total.topk(min(10, sae.d_sae)).indices.tolist()
     if args.features:
@@ -18,8 +33,12 @@ def chosen(sae, args, rate, total):
             runs.fail(f"--features {wrong[0]}: {sae.path} has latents 0 to {sae.d_sae - 1}")
         return args.features
     alive = rate.argsort(descending=True)[:int((rate > 0).sum())].tolist()
-    n = min(args.html_features, len(alive)) if args.html else 0
-    return [alive[i * (len(alive) - 1) // max(1, n - 1)] for i in range(n)]
+    n, best = min(args.html_features, len(alive)) if args.html else 0, {}
+    for latent, found in known.items() if n else ():
+        for of in found:
+            best[of[:2]] = max(best.get(of[:2], (0, -1)), (f1(of), latent))
+    spaced = [alive[i * (len(alive) - 1) // max(1, n - 1)] for i in range(n)]
+    return list(dict.fromkeys([*spaced, *(latent for _, latent in best.values())]))
 
 @torch.no_grad()
 def features(sae, x, latents, rate, source, model, tokenizer, blocks):
@@ -58,6 +77,8 @@ def print_features(sae, found):
     for f in found:
         print(f"\n{sae.path}, latent {f['latent']}: fires on {f['rate']:.3%} of the tokens, peak "
               f"{f['peak']:.2f}\n  raises {f['raises']}\n  lowers {f['lowers']}")
+        for kind, name, p, r in f.get("detects", ()):
+            print(f"  detects {kind}={name}: precision {p:.2f}, recall {r:.2f}")
         if "board" in f:
             print(textwrap.indent(f["board"], "  "))
             continue

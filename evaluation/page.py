@@ -4,8 +4,8 @@
     data      what the data is: the section's heading
     tables    (title, note, header, rows of cells) each; a click on a column's name sorts by it
     rows      a dict a run: run, variant; l0, fvu: the frontier; density: how often latents fire
-    features  in these dicts, if there are any: latents, the tokens that each raises and lowers, and
-              the contexts in which it is most active
+    features  in these dicts, if there are any: latents, the tokens that each raises and lowers, the
+              classes that it detects, and the contexts in which it is most active
 A value that is None or NaN shows as an en dash. All of the page stands in the HTML: the script only
 sorts, filters, chooses a run and moves, so the page can be read without it.
 
@@ -77,7 +77,7 @@ summary code, dd code { display: inline-block; max-width: 100%; padding: 0 .2em;
 dl, ol { margin: .3em .3em .8em; padding: 0; list-style: none }
 nav ul { padding-left: 1.2em }
 dt { float: left; color: var(--soft) }
-dd { margin: 0 0 .3em 3.5em }
+dd { margin: 0 0 .3em 4.5em }
 ol li { display: flex; margin: .4em 0 }
 ol span { flex: 0 0 3.5em; color: var(--soft) }
 ol code { min-width: 0 }
@@ -327,11 +327,15 @@ def latent_html(f):
     peak = max([f["peak"] if known(f.get("peak")) else 0, *values]) or 1
     code = lambda tokens: " ".join(f"<code>{visible(t)}</code>" for t in tokens) or "–"
     rate = number(100 * f["rate"], ".3g") if known(f.get("rate")) else "–"
+    told = [(f"<code>{visible(f'{kind}={name}')}</code> ", f"(precision {p:.2f}, recall {r:.2f})")
+            for kind, name, p, r in f.get("detects") or []]
+    best = told[0][0] if told else ""
+    told = f'<dt>detects</dt><dd>{", ".join(map("".join, told))}</dd>' if told else ""
     board = f'<pre>{html.escape(f["board"])}</pre>' if f.get("board") else ""      # of othello
     return (f'<details data-n="{f["latent"]}"><summary><span>latent {f["latent"]}</span> '
             f'<span>fires {rate} %</span> <span>peak {number(f.get("peak"))}</span> '
-            f'{code([c["tokens"][c["at"]] for c in contexts[:4]])}</summary>'
-            f'<dl><dt>raises</dt><dd>{code(f.get("raises") or [])}</dd>'
+            f'{best}{code([c["tokens"][c["at"]] for c in contexts[:4]])}</summary>'
+            f'<dl>{told}<dt>raises</dt><dd>{code(f.get("raises") or [])}</dd>'
             f'<dt>lowers</dt><dd>{code(f.get("lowers") or [])}</dd></dl>{board}'
             f'<ol>{"".join(context_html(c, peak) for c in contexts)}</ol></details>\n')
 
@@ -343,9 +347,10 @@ def features_html(rows):
     runs = "".join(f'<section><h4>{visible(r["run"])}</h4>\n'
                    f'{"".join(map(latent_html, r["features"]))}</section>\n' for r in rows)
     return f"""<div class="features"><h3>Latents</h3>
-<p class="note">How often each fires, its largest activation, the tokens it peaks on. Inside: the
-next tokens that it raises and lowers most, and its top contexts: activation at the peak, then the
-text, every token as strong as its activation (the value shows on hover), the peak outlined.</p>
+<p class="note">How often each fires, its largest activation, what it detects best (with --probes;
+filter by role=argument or letter=s), the tokens it peaks on. Inside: the next tokens that it raises
+and lowers most, and its top contexts: activation at the peak, then the text, every token as strong
+as its activation (the value shows on hover), the peak outlined.</p>
 <p class="controls" hidden><label>Run <select autocomplete="off">{options}</select></label>
 <label>Filter <input autocomplete="off" placeholder="number or text" spellcheck="false"></label>
 <output></output></p>

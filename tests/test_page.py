@@ -39,6 +39,7 @@ def row(run, variant, l0, fvu, words=(), dead=15):
 ROWS = [row("runs/topk-32", "topk", 32.0, 0.0769, ("apple", "pear", "plum"), dead=1015),
         row("runs/vanilla-long-name-of-a-run-" + ODD[1], "vanilla", 9.5, 0.1813, ("fig", "Pear")),
         row("runs/topk-16", "topk", 16.0, 0.0876, ("apple", "quince", "date", "lime"))]
+ROWS[2]["features"][2]["detects"] = [("role", "argument", 0.82, 0.4), ("letter", ODD[1], 0.5, 0.25)]
 TOY = [row("runs/gba-toy", "gba", 5.0, 0.5), row("runs/never-fires", "other", 0.0, math.nan),
        {"run": "runs/unknown", "variant": "other", "l0": None, "fvu": None, "density": None}]
 DEAD, LOST = ("0.33 %", "–", "12.1 %"), ("31.9 ± 2.1", "4.0 ± 0.3", "110.0 ± 9.0")
@@ -187,7 +188,7 @@ def test_chooses_runs_and_filters(browser):
     runs.select_by_index(2)
     assert latents() == [f"latent {n}" for n in (10, 11, 12, 13)]
     for query, found in (("12", ["latent 12"]), ("QUINCE", ["latent 11"]), ("limes", ["latent 13"]),
-                         ("onclick=", latents()), ("no such thing", [])):
+                         ("role=arg", ["latent 12"]), ("onclick=", latents()), ("no such thing", [])):
         box.clear()
         box.send_keys(query)
         assert latents() == found, query
@@ -196,6 +197,14 @@ def test_chooses_runs_and_filters(browser):
     box.send_keys("pear")
     runs.select_by_index(1)                                   # the filter holds for the next run
     assert latents() == ["latent 11"]
+
+def test_what_a_latent_detects(browser):
+    Select(browser.all("select")[0]).select_by_index(2)
+    summary = browser.shown("summary")[2]
+    assert "role=argument" in summary.text and "role=" not in browser.shown("summary")[1].text
+    summary.click()
+    assert f"detects\nrole=argument (precision 0.82, recall 0.40), letter={ODD[1]} (precision 0.50, recall 0.25)" in (
+        browser.shown("dl")[0].text)
 
 def test_contexts_show_activations(browser):
     assert not browser.shown("ol li")

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 import evaluate
-from evaluation import first_letter, probes, probing, roles
+from evaluation import first_letter, latents, probes, probing, roles
 from sources import lm
 from test_evaluate import save
 
@@ -340,6 +340,16 @@ def test_models_without_words(tiny_lm, text, one_line, few, cache, tmp_path):
     toy = save(tmp_path / "toy", torch.eye(16), torch.eye(16), flags=dict(model="toy", toy="song"))
     one_line(lambda: evaluate.main([str(toy), "--probes"]), "--probes", "toy", "has no words")
     assert (toy / "evaluation.json").exists()
+
+def test_latents_for_the_page():
+    """Some of every firing rate, and the best at each class that any detects, by F1."""
+    row = dict(first_letter=dict(latents={"3": ["s", 0.9, 0.5], "5": ["s", 0.7, 0.7]}),
+               probing=dict(latents=dict(role={"3": ["argument", 0.9, 0.9]}, kind={"4": ["string", 1.0, 0.2]})))
+    known = latents.detects(row)
+    assert known == {3: [("role", "argument", 0.9, 0.9), ("letter", "s", 0.9, 0.5)], 5: [("letter", "s", 0.7, 0.7)],
+                     4: [("kind", "string", 1.0, 0.2)]} and latents.detects({}) == {}
+    args, rate = SimpleNamespace(features=None, html="p.html", html_features=2), torch.tensor([5.0, 4, 3, 2, 1, 0])
+    assert latents.chosen(None, args, rate, rate, known) == [0, 4, 3, 5]
 
 def write_labels(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows))

@@ -36,7 +36,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similar
 from torch.nn.functional import one_hot
 
 import runs
-from evaluation import probes
+from evaluation import attribution, probes
 from sources import lm
 from sources.text import Contexts
 
@@ -44,6 +44,7 @@ FEWEST, EXAMPLES, GOOD_F1, MANY = 1000, 10, 0.6, 20     # words; in the prompt; 
 PARTS = 0.6, 0.8                                        # ends: fitted, latents chosen; scored
 JUMP, MOST = 0.03, 10                                   # of F1 by another main latent; main latents
 COS_FULL, COS, SHARE, ABSORBERS, OFF = 0.025, 0.1, 0.4, 3, 1e-8
+QUESTION = " has the first letter:"
 STEPS = dict(lr=0.01, end=1e-5, epochs=50)              # of both probes
 
 # --- words and their activations ------------------------------------------------------------------
@@ -87,7 +88,8 @@ def activations(model, block, prefix, ids):
     return torch.cat(found)
 
 def harvest(model, tokenizer, block, seed=0):
-    """Words in random order, without those of the examples: activations [W, D], letters [W]."""
+    """Words in random order, without those of the examples: activations [W, D], letters [W], ids
+    [W]; and those of the examples."""
     ids, letter = alphabetic(tokenizer)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     shown, rest = order[:EXAMPLES], order[EXAMPLES:]
@@ -95,8 +97,9 @@ def harvest(model, tokenizer, block, seed=0):
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     for i in shown.tolist():
         answer = LETTERS[letter[i]].upper()
-        prefix += encode("\n") + [int(ids[i])] + encode(f" has the first letter: {answer}")
-    return activations(model, block, prefix + encode("\n"), ids[rest]), letter[rest]
+        prefix += encode("\n") + [int(ids[i])] + encode(f"{QUESTION} {answer}")
+    prefix += encode("\n")
+    return activations(model, block, prefix, ids[rest]), letter[rest], ids[rest], prefix
 
 # --- probes ---------------------------------------------------------------------------------------
 
@@ -134,24 +137,31 @@ def task(x, letter):
 
 def prepare(model, tokenizer, block):
     """The words of a model, their activations before `block`, and the probes of the letters."""
-    words = task(*harvest(model, tokenizer, block))
+    x, letter, ids, prefix = harvest(model, tokenizer, block)
+    words = task(x, letter)
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    answers = [encode(f" {letter.upper()}") for letter in LETTERS]
+    words.ids, words.speller = ids, attribution.Speller(
+        model, block, prefix, encode(QUESTION), [a[0] for a in answers]) if all(
+        len(a) == 1 for a in answers) else None
     if not words.passed:
         runs.fail(f"--probes: no first letter can be told from this layer with F1 above {GOOD_F1}, "
                   "so none is absorbed there; choose another --layer")
     return words
 
 def main_latents(Z, words):
-    """Of each letter its main latents, and the F1 of the first alone and of all, on the words of
-    the part `choose`; Z: sparse codes [W, F]."""
+    """Of each letter its main latents, the F1 of the first alone and of all, on the words of the
+    part `choose`, and whether the regression says no where all are silent; Z: codes [W, F]."""
     w, _ = linear_probe(Z.index_select(0, words.fit), words.Y[words.fit], 4096, 1e-6, l1=0.01)
     top = w.topk(min(MOST, w.shape[1])).indices                              # (26, 10)
-    main, first, best = [], [], []
+    main, first, best, no = [], [], [], []
     for columns, y in zip(top, words.Y.T):
-        X, f1 = Z.index_select(1, columns).to_dense().double(), []           # (W, 10)
+        X, f1, bias = Z.index_select(1, columns).to_dense().double(), [], [] # (W, 10)
         for k in range(1, len(columns) + 1):
             v, b = probes.logistic(X[words.fit, :k], y[words.fit], balanced=True)
             said = X[words.choose, :k] @ v + b > 0
             f1.append(probes.scores(said, y[words.choose] > 0)[2].item())
+            bias.append(b.item())
             if k > 1 and f1[-1] <= f1[-2] + JUMP:
                 break
         else:
@@ -159,7 +169,8 @@ def main_latents(Z, words):
         main.append(columns[:k - 1])
         first.append(f1[0])
         best.append(f1[k - 2])
-    return main, first, best
+        no.append(bias[k - 2] <= 0)
+    return main, first, best, no
 
 # --- absorption -----------------------------------------------------------------------------------
 
@@ -180,28 +191,34 @@ def absorption(z, a, p, W_dec, main):
     return part, full
 
 @torch.no_grad()
-def measure(encode, W_dec, words, passed):
-    """What the docstring says, of one SAE; averages over the letters `passed`."""
+def measure(encode, W_dec, words, passed, speller=None):
+    """What the docstring says, of one SAE; averages over the letters `passed`. With a speller, also
+    absorption by its first definition: evaluation/attribution.py."""
     Z = probes.codes(encode, words.x)
     with torch.enable_grad():
-        main, first, best = main_latents(Z, words)
+        main, first, best, no = main_latents(Z, words)
     letters, l0 = {}, (Z.values() if Z.is_sparse else Z).count_nonzero().item() / len(Z)
     for i in passed:
         rows = words.score[(words.Y[words.score, i] > 0) & words.yes[words.score, i]]
-        part, full = absorption(Z.index_select(0, rows).to_dense(), words.x[rows], words.p[i],
-                                W_dec, main[i])
+        z = Z.index_select(0, rows).to_dense()
+        part, full = absorption(z, words.x[rows], words.p[i], W_dec, main[i])
         letters[LETTERS[i]] = dict(
             probe_f1=words.f1[i].item(), f1_first=first[i], f1_main=best[i],
             latents=main[i].tolist(), words=len(rows), absorption=part.mean().item(),
             full=full.double().mean().item(), split=len(main[i]))
+        if speller:
+            rate, answered, asked = attribution.rate(speller, i, words.ids[rows.cpu()],
+                words.x[rows], z, words.p[i], W_dec, main[i], no[i])
+            letters[LETTERS[i]].update(attribution=rate, answered=answered, asked=asked)
     return summary(letters) | dict(l0=l0, letters=letters, latents=probes.best_classes(
         Z, words.Y.argmax(1), LETTERS))
 
 def summary(letters):
     """Means over letters, with standard errors; no word of a letter to score: no absorption."""
     out = {}
-    for name in ("probe_f1", "f1_first", "f1_main", "split", "absorption", "full"):
-        v = torch.tensor([letter[name] for letter in letters.values()]).double()
+    for name in ("probe_f1", "f1_first", "f1_main", "split", "absorption", "full", "attribution",
+                 "answered"):
+        v = torch.tensor([letter.get(name, float("nan")) for letter in letters.values()]).double()
         v = v[~v.isnan()]
         out[name] = v.mean().item()
         out[name + "_se"] = (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")
@@ -210,7 +227,8 @@ def summary(letters):
 def report(saes, facts, examples):
     """The result of each SAE, with those of the controls, from its probes.json if that has it;
     examples() gives what prepare() does, and facts say what that depends on."""
-    stored = [probes.Stored("first_letter", sae, facts, __file__) for sae in saes]
+    stored = [probes.Stored("first_letter", sae, facts, __file__, attribution.__file__)
+              for sae in saes]
     if all(s.result for s in stored):
         return [s.result for s in stored]
     words = examples()
@@ -219,10 +237,11 @@ def report(saes, facts, examples):
     for sae, s in zip(runs.Bar(saes, desc="first letters", unit="run"), stored):
         if s.result:
             continue
-        result = measure(sae.encode, sae.t["W_dec"], words, passed)
+        speller = words.speller if sae.norm == "none" else None    # codes of other units
+        result = measure(sae.encode, sae.t["W_dec"], words, passed, speller)
         key = sae.d_sae, max(1, round(result["l0"]))
         if key not in random:
-            random[key] = measure(*probes.untrained(*key, mean), words, passed)
+            random[key] = measure(*probes.untrained(*key, mean), words, passed, words.speller)
         if not controls:
             order = torch.randperm(len(words.x), generator=torch.Generator().manual_seed(1))
             shuffled = task(words.x, words.Y.argmax(1).cpu()[order])

@@ -102,10 +102,12 @@ def letters_table(rows):
             f"tell with F1 above {first_letter.GOOD_F1}{few}: {' '.join(passed)}; F1 of the probe "
             f"{first['probe_f1']:.3f}")
     lines = [(r["run"], r["first_letter"]) for r in rows] + list(first["controls"].items())
-    names = dict(f1_first=".3f", f1_main=".3f", split=".2f", absorption=".3f", full=".3f")
+    names = dict(f1_first=".3f", f1_main=".3f", split=".2f", absorption=".3f", full=".3f",
+                 attribution=".3f", answered=".2f")
     return ("First letters: absorption", note,
-            ["run", "F1 of best latent", "of main latents", "main latents", "absorption", "full"],
-            [[name, *(f"{number(r[k], form)} \u00b1 {number(r[k + '_se'], form)}"
+            ["run", "F1 of best latent", "of main latents", "main latents", "absorption", "full",
+             "by attribution", "answered"],
+            [[name, *(f"{number(r.get(k), form)} \u00b1 {number(r.get(k + '_se'), form)}"
                       for k, form in names.items())] for name, r in lines])
 
 def probing_tables(rows):

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 import evaluate
-from evaluation import first_letter, latents, probes, probing, roles
+from evaluation import attribution, first_letter, latents, probes, probing, roles
 from sources import lm
 from test_evaluate import save
 
@@ -115,6 +115,47 @@ def test_controls_know_nothing(planted):
     assert nothing["f1_first"] < 0.12
     random = first_letter.measure(*probes.untrained(46, 2, x.mean(0)), words, words.passed)
     assert random["f1_first"] < 0.8 and random["l0"] <= 2      # the letters themselves: above 0.99
+
+class Linear:
+    """A model whose logit of a letter is 2 times that letter's coordinate."""
+    def gradient(self, ids, x, change, letter):
+        g = torch.zeros_like(x)
+        g[:, letter] = 2
+        return g, torch.arange(len(x)) % 2 == 0
+
+def test_planted_absorption_by_attribution(planted):
+    """The first definition finds what SAEBench's does: latents of pairs give the logit where the letter's is silent."""
+    words, x, letter = planted
+    words.ids = torch.arange(len(x))
+    eye = torch.eye(26 + CHILDREN)
+    pairs = torch.cat([eye[:26], (eye[:26, None] + eye[26:]).flatten(0, 1)])
+    def absorbing(x):
+        on = (x > 0.5).float()
+        alone = on[:, :26] * (1 - on[:, 26:].sum(1, keepdim=True))
+        return torch.cat([alone, (on[:, :26, None] * on[:, None, 26:]).flatten(1)], 1)
+    got = first_letter.measure(absorbing, pairs, words, words.passed, Linear())
+    assert abs(got["attribution"] - 0.4) < 0.06 and abs(got["answered"] - 0.5) < 0.05
+    assert 0 < got["letters"]["s"]["asked"] <= attribution.TRIED
+    honest = first_letter.measure(lambda x: x * (x > 0.5), eye, words, words.passed, Linear())
+    assert honest["attribution"] == 0
+    weak = first_letter.measure(lambda x: absorbing(x) / 3, pairs, words, words.passed, Linear())     # leads by 2 / 3
+    assert weak["attribution"] == 0
+
+def test_integrated_gradients_sum_to_the_logit(spelling_lm):
+    """Effects of all latents add up to what their codes change in the logit; logits are those of the model itself."""
+    model, tokenizer, blocks = lm.load(spelling_lm / "model", "tiny", torch.device("cpu"), torch.float32)
+    prefix, suffix, ids = [5, 9, 30], [7, 8], torch.tensor([40, 41, 42, 43])
+    speller = attribution.Speller(model, blocks[1], prefix, suffix, list(range(100, 126)))
+    whole = torch.tensor([[*prefix, int(i), *suffix] for i in ids])
+    x = lm.residual_stream(model, blocks[1], whole.numpy())[:, len(prefix)]
+    with torch.no_grad():
+        want = model(input_ids=whole).logits[:, -1, 100:126]
+        assert torch.allclose(speller.logits(ids, x), want, atol=1e-5)
+        change = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+        before = speller.logits(ids, x - change)
+    g, right = speller.gradient(ids, x, change, 3)
+    assert torch.allclose((g * change).sum(1), (want - before)[:, 3], atol=1e-4, rtol=1e-2)
+    assert (right == (want.argmax(1) == 3)).all()
 
 # --- what is true of a Python program -------------------------------------------------------------
 

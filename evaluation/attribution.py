@@ -1,0 +1,87 @@
+"""Absorption by its first definition: which latent makes the model give a word's first letter?
+
+Chanin et al. 2024, arXiv 2409.14507, by the constants of its code (sae-spelling, commit 9bcada0);
+the metric is from notes on that code, not from the text. After the examples of first_letter.py the
+model is asked: '{word} has the first letter:'. A word of a letter counts as absorbed if
+
+    the letter's main latents are silent on it, and their logistic regression says no; and
+    of all latents the one with the largest effect has a lead of 1.0 on the second, and a cosine
+    with the letter's probe of 0.025 at least
+
+    effect  of latent i at the word's last token: z_i (d_i . g), g the gradient of the logit of the
+            right letter by the activation there, mean of STEPS points between a - z W_dec and a:
+            integrated gradients of codes from 0 to z, the error term kept. Points in the middle of
+            equal parts are ours
+    rate    absorbed words / words to which the probe says yes, per letter; mean over letters
+
+Of the words of a letter with silent main latents TRIED are asked about, the first in random order,
+and their share stands for all (ours, for time). This asks what the model computes with, where
+SAEBench's score asks what can be read; it needs a model that spells (`answered`: how often the
+right letter's logit is the largest of the 26) and a layer below which letters have not moved on.
+"""
+import copy
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+LEAD, COS, STEPS, TRIED, OFF = 1.0, 0.025, 6, 20, 1e-8
+
+class Speller:
+    """Asks the model for first letters. ids of its examples: prefix; of ' has the first letter:'
+    suffix; of the 26 answers, one token each: answers [26]."""
+    def __init__(self, model, block, prefix, suffix, answers):
+        from transformers import DynamicCache
+        self.model, self.block, self.cache = model.requires_grad_(False), block, DynamicCache()
+        self.start, self.suffix = len(prefix), torch.tensor(suffix, device=model.device)
+        self.answers = torch.tensor(answers, device=model.device)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([prefix], device=model.device), use_cache=True,
+                  past_key_values=self.cache)
+
+    def logits(self, ids, x):
+        """Logits [n, 26] of the answers for words ids [n] with activations x [n, D] at `block`."""
+        def put(module, inputs, named):
+            h = inputs[0] if inputs else named["hidden_states"]
+            h = torch.cat([x[:, None].to(h.dtype), h[:, 1:]], 1)
+            return ((h, *inputs[1:]), named) if inputs else (inputs, dict(named, hidden_states=h))
+        mine, n = copy.deepcopy(self.cache), len(ids)
+        mine.batch_repeat_interleave(n)
+        tokens = torch.cat([ids.to(x.device)[:, None], self.suffix.expand(n, -1)], 1)
+        place = torch.arange(self.start, self.start + tokens.shape[1], device=x.device)
+        hook = self.block.register_forward_pre_hook(put, with_kwargs=True)
+        try:
+            return self.model(input_ids=tokens, past_key_values=mine, use_cache=True,
+                              position_ids=place.expand(n, -1)).logits[:, -1, self.answers].float()
+        finally:
+            hook.remove()
+
+    def gradient(self, ids, x, change, letter):
+        """g [n, D] of the docstring for codes that add `change` [n, D]; is the answer right [n]?"""
+        with torch.no_grad():
+            right = self.logits(ids, x).argmax(1) == letter
+        total = torch.zeros_like(x)
+        for step in range(STEPS):
+            point = (x - change * (1 - (step + 0.5) / STEPS)).requires_grad_()
+            with torch.enable_grad():
+                logit = self.logits(ids, point)[:, letter].sum()
+            total += torch.autograd.grad(logit, point)[0] / STEPS
+        return total, right
+
+def absorbed(z, g, p, W_dec):
+    """Is each word with codes z [n, F] and gradient g [n, D] absorbed? By the second condition."""
+    effect = z * (g @ W_dec.T)                                               # (n, F)
+    (first, second), best = effect.topk(2).values.T, effect.argmax(1)
+    return (first - second >= LEAD) & (cosine_similarity(W_dec[best], p[None]) >= COS)
+
+def rate(speller, letter, ids, x, z, p, W_dec, main, says_no):
+    """(rate, answered, words asked about) of one letter, on the words to which its probe says yes:
+    ids [n], activations x [n, D], codes z [n, F]; says_no: what the regression on silent main
+    latents says."""
+    silent = (z[:, main] < OFF).all(1) & says_no
+    rows = silent.nonzero()[:TRIED, 0]
+    if not len(rows) or not len(W_dec) > 1:
+        return 0.0 if len(ids) else float("nan"), float("nan"), 0
+    change = z[rows] @ W_dec
+    g, right = speller.gradient(ids[rows.cpu()], x[rows], change, letter)
+    found = absorbed(z[rows], g, p, W_dec).double().mean() * silent.double().mean()
+    return found.item(), right.double().mean().item(), len(rows)

@@ -41,7 +41,10 @@ def train(args):
     trained.train(args.runs, RUNS, args.part)
 
 def evaluate(args):
-    rows = trained.evaluate(args.runs, RUNS, "--probes", "--cones", "--contexts", "0")
+    rows = {}
+    for layer in LAYERS:
+        rows |= trained.evaluate(args.runs, [name for name in RUNS if name.startswith(f"{layer}-")], "--probes", "--cones",
+                                 "--contexts", "0", *compare.DATA.replace("--layer 6", f"--layer {layer}").split())
     for row in rows.values():
         row["first_letter"] = {k: v for k, v in row["first_letter"].items() if k != "latents"}
         row["probing"] = {k: v for k, v in row["probing"].items() if k not in ("latents", "classes")}

@@ -19,7 +19,8 @@ Score     on words of letter l to which p_l says yes, with A = a . p_l, proj_i =
             absorption  0 if M >= A or B < 0.4 A; 1 if M <= 0; else b / (b + M), b = min(B, A - M)
             full        1 if no main latent fires and the largest of all proj is >= 0.4 A, with
                         cosine >= 0.025
-          means over the words of a letter, then over letters; _se as if letters were independent
+          means over the words of a letter, then over letters; _se as if letters were independent.
+          The paper's own definition, by what the model answers: evaluation/attribution.py
 Controls  a random dictionary as sparse (untrained); the D coordinates of a less its mean; the first
           SAE with letters shuffled among the words. Averages of all are over the same letters
 Ours      the hook (SAEBench: always after the block), one set of examples for all words, three

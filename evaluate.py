@@ -19,7 +19,7 @@ cannot be measured costs one line and the exit code 2; the others are measured a
 record paths as they were given: evaluate them from the folder where they were trained, or name the
 data.
 """
-import datetime, functools, json
+import datetime, json
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ import torch
 
 import data
 import runs
-from evaluation import cones, first_letter, metrics, monosemanticity, page, probing, roles
+from evaluation import cones, metrics, monosemanticity, page
+from evaluation.known import Known
 from evaluation.latents import chosen, detects, features, print_features
 from evaluation.probes import without_nan
 from evaluation.saved import SAE, data_flags, open_data
@@ -112,14 +113,13 @@ def measure(sae, x, mean, source):
         row["truth"] = metrics.recovery(sae, source.truth, source.mean.cpu())
     return row, latents
 
-def references(source, x, probe, words, tokens):
+def references(source, x, probe, known):
     """{name: [n, D]}, directions of what is known to be true of raw activations x, for --cones:
-    by the probe of boards, or by words() and tokens() of a language model, where there are any."""
+    by the probe of boards, of letters and roles of tokens (a Known), or a toy's features."""
     if probe:
         return boards.directions(probe, boards.HeldOut(source), x)
-    if words:
-        return {"first letters": words().p[words().passed]} | (
-            {"roles of tokens": probing.directions(*tokens())} if tokens else {})
+    if known:
+        return known.directions()
     if source.truth:
         return {"true features": source.truth.features.to(x)}
     runs.fail(f"--cones: of {source.meta['model_name']} no true directions are known; leave it out "
@@ -142,8 +142,7 @@ def evaluate_group(key, saes, args):
     games = text and lm.is_othello(name)                        # whose true features are known
     if args.probes and (games or not text):
         attempt(runs.fail, f"--probes: {name} has no words; leave it out for these runs")
-    probe = (args.probes or args.cones) and text and not games
-    words = tokens = facts = None
+    probe, known = (args.probes or args.cones) and text and not games, None
     if text and (args.contexts or args.features or args.html or games or probe):
         model, tokenizer, blocks = lm.load(lm.model_dir(name, source.flags.cache_dir), name,
                                            source.device, getattr(torch, source.meta["dtype"]))
@@ -154,19 +153,10 @@ def evaluate_group(key, saes, args):
                                        source.mean, ids)
             for row, result in zip(rows, results):
                 row["language"] = result
-    if probe:
-        of, facts = (model, tokenizer, blocks[layer]), probing.facts(source)
-        words = functools.cache(lambda: first_letter.prepare(*of))
-        if examples := attempt(probing.documents, args.labels):
-            facts.append(examples[0])
-            tokens = functools.cache(lambda: probing.prepare(examples[1], *of, *facts[3:5]))
-    if args.probes and probe:
-        found = attempt(first_letter.report, saes, facts[:3], words)
-        for row, result in zip(rows, found or []):
-            row["first_letter"] = result
-        found = attempt(probing.report, saes, facts, tokens) if tokens else None
-        for row, result in zip(rows, found or []):
-            row["probing"] = result
+    if probe and (known := attempt(Known, source, args.labels, model, tokenizer, blocks[layer])):
+        for kind, of in (("first_letter", known.letters), ("probing", known.probes)):
+            for row, result in zip(rows, args.probes and attempt(of, saes) or []):
+                row[kind] = result
     if games:
         games = attempt(boards.report, saes, x, source, model, blocks, layer)
     if games:
@@ -180,10 +170,10 @@ def evaluate_group(key, saes, args):
         E = E if found is None else found
     if E is not None:
         monosemanticity.report(saes, rows, x, mean, E)
-    if args.cones:
-        known = functools.partial(references, source, x, games and games[2], words, tokens)
-        attempt(cones.report, measured, x, mean, known, [source.meta, facts], boards.__file__,
-                first_letter.__file__, probing.__file__, roles.__file__)
+    if args.cones and (known or not probe):
+        attempt(cones.report, measured, x, mean,
+                lambda: references(source, x, games and games[2], known),
+                [source.meta, known and known.facts], boards.__file__, *Known.code)
     shown = tables(rows)
     if args.consistency and (table := agreement(measured)):
         shown.append(table)
@@ -193,12 +183,12 @@ def evaluate_group(key, saes, args):
         row.update(data=source.meta, evaluated=str(datetime.date.today()), torch=torch.__version__)
         text_of_row = json.dumps(without_nan(row), indent=1, allow_nan=False)
         attempt(write, sae.path / "evaluation.json", text_of_row, "run directory")
-        known = detects(row)
-        if text and (latents := attempt(chosen, sae, args, rate, total, known)):
+        detected = detects(row)
+        if text and (latents := attempt(chosen, sae, args, rate, total, detected)):
             row["features"] = list(features(sae, x, latents, rate, source, model, tokenizer,
                                             blocks))
             for f in row["features"]:
-                f["detects"] = known.get(f["latent"], [])
+                f["detects"] = detected.get(f["latent"], [])
             if games:
                 for f, board in zip(row["features"], boards.describe(sae, x, latents, source)):
                     f["board"] = board

@@ -1,5 +1,5 @@
-"""What is known to be true of a language model's tokens: first letters of words, and roles of tokens
-in Python or by --labels. Found when first asked for, and shared by what evaluate.py asks.
+"""What is known to be true of a language model's tokens: first letters of words, roles of tokens in
+Python or by --labels. Found when first asked for, and shared by what evaluate.py asks.
 """
 from functools import cached_property
 

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--probes", action="store_true", help="first letters of words, roles of tokens in Python: "
         "evaluation/first_letter.py and probing.py; minutes for the first run, 1 for each further, "
         "kept in its probes.json")
-    add("--labels", type=Path, help="with --probes: a file of lines {\"text\": ..., \"labels\": "
+    add("--labels", type=Path, help="with --probes or --cones: lines {\"text\": ..., \"labels\": "
         "{\"task\": [[start, end, \"class\"], ...]}}, in characters, in the place of Python")
     add("--html", type=Path, help="write the page there")
     add("--html-features", type=runs.at_least(0), default=60,

@@ -69,10 +69,7 @@ def report(args):
                   f"{'inside' if inside else 'on the edge of'} the range tried", "",
                   "| | " + " | ".join(f"F = {e} D" for e in EXPANSIONS) + " |", "|---|" + "--:|" * len(EXPANSIONS)]
         lines += [f"| k = {k} | " + " | ".join(cell(k, e, f) if values(k, e, f) else "" for e in EXPANSIONS) + " |" for k in K]
-    fig.tight_layout()
-    fig.savefig(RESULTS / "cones.png", dpi=120)
-    (RESULTS / "cones.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    trained.publish(RESULTS / "cones", lines, fig)
 
 if __name__ == "__main__":
     trained.main(__doc__, "cones", train=train, evaluate=evaluate, report=report)

@@ -33,7 +33,6 @@ from evaluation import first_letter, probes, probing
 from speed import machine
 
 W, D, F, C = 3000, 64, 512, 26
-STEPS = first_letter.STEPS
 
 def planted(seed):
     """Words' codes z [W, F], activations a [W, D], classes [W], unit rows W_dec [F, D]."""
@@ -116,7 +115,7 @@ def compare(seed):
         mask = probe_training.get_top_k_mean_diff_mask(z[rows], y.int(), k)
         sign = torch.where(y, 1.0, -1.0)
         mine = (sign.double() @ z[rows]).abs().topk(k).indices
-        differ += (mask[mine]).sum().item()
+        differ += mask[mine].sum().item()
         theirs, _ = probe_training.train_sklearn_probe(z[rows][:, ~mask], y.int(), z[rows][:, ~mask], y.int())
         accuracy = max(accuracy, abs(theirs.score(z[rows][:, ~mask].numpy(), y.numpy())
                                      - probing.sparse_probes(z.float(), [(rows, y)] * 3)[k]["accuracy"]))

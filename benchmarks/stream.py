@@ -3,10 +3,10 @@
     python benchmarks/stream.py --runs runs/all/stream --out benchmarks/results/stream.md     # resumable
 
 topk_sae.py on smollm2, layer 6, with its defaults (2M tokens): stored, two passes over 1M tokens; stored, one over 2.1M, of
-which 5 % are held out; and streamed, which is one pass, too. Seeds 0 to 2. Tokens per second of CPU time, one thread, from the start of a run: of the harvest alone, of training alone, and of both
-together, over four refills of a smaller ring. The two have other held-out contexts, each partly in the training
-text of the other, so both are measured on Python that neither has seen: the sources of torch, 200,000 tokens of them,
-of which evaluate.py takes the held-out 5 %.
+which 5 % are held out; and streamed, which is one pass, too. Seeds 0 to 2. Tokens per second of CPU time, one thread, from
+the start of a run: of the harvest alone, of training alone, and of both together, over four refills of a smaller ring.
+Stored and streamed runs have other held-out contexts, each partly in the training text of the other, so all are measured on
+Python that none has seen: the sources of torch, 200,000 tokens of them, of which evaluate.py takes the held-out 5 %.
 """
 import argparse, json, os, subprocess, sys, time
 from pathlib import Path

@@ -28,6 +28,13 @@ def evaluate(folder, names, *flags):
                    env={**os.environ, "TQDM_DISABLE": "1"})
     return {name: json.loads((folder / name / "evaluation.json").read_text()) for name in names}
 
+def publish(path, lines, fig):
+    """Write the lines of a table to path.md, its picture to path.png; print the lines."""
+    fig.tight_layout()
+    fig.savefig(path.with_suffix(".png"), dpi=120)
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
 def main(doc, name, **steps):
     """The command line of such a benchmark: a step by its name, {name: function(flags)}."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -69,10 +69,7 @@ def report(args):
         ax.set_xticks(K, K)
         ax.minorticks_off()
     axes.flat[0].legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(RESULTS / "which-l0.png", dpi=110)
-    (RESULTS / "which-l0.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    trained.publish(RESULTS / "which-l0", lines, fig)
 
 if __name__ == "__main__":
     trained.main(__doc__, "which-l0", train=train, evaluate=evaluate, report=report)

@@ -154,6 +154,7 @@ def hedging_degree(widened, control, n, draws=50, generator=None):
     q0 = sum(random) / draws
     return dict(h=max(0.0, (q(widened[-n:]) - q0) / (1 - q0)), q=q(widened[-n:]), q0=q0)
 
+@torch.no_grad()
 def ground_truth(W_dec, codes, toy, z, generator=None):
     """Recovery of the features of a Toy by W_dec [F, D], whose codes z [M, F] stand beside the true
     codes [M, n]."""

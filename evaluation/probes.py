@@ -59,7 +59,7 @@ def logistic(X, y, C=1.0, balanced=False, steps=200):
 def scores(said, y):
     """(precision, recall, F1) of answers said [..., N] to y [..., N], both bool; 0 where there is
     nothing to divide by."""
-    hits, said, y = ((t).sum(-1).double() for t in (said & y, said, y))
+    hits, said, y = (t.sum(-1).double() for t in (said & y, said, y))
     return hits / said.clamp(min=1), hits / y.clamp(min=1), 2 * hits / (said + y).clamp(min=1)
 
 def best_classes(Z, label, names, least=0.2):

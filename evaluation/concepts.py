@@ -18,11 +18,15 @@ are scored on tokens [N], by their codes z and by what is true, y:
 Tokens of one context are no independent draws, so no p-value of these is given.
 """
 import keyword, re
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import runs
+from evaluation import probes, probing, roles
+from sources import lm
+from sources.text import Contexts
 
 KEYWORDS = "|".join(keyword.kwlist)
 BUILT_IN = {
@@ -34,6 +38,9 @@ BUILT_IN = {
 CODE = r"(?:[^#'\"]|(?<=\w\w)'|(?<!\w\w)'[^']*'|\"[^\"]*\")*?"
 LINE = {"comment": rf"^{CODE}#", "string": rf"^{CODE}(?:(?<!\w\w)'[^']*|\"[^\"]*)\Z"}
 FEWEST = 20                                         # tokens with the concept, and without it
+TRAINING, HELD_OUT = 2 ** 15, 2 ** 14               # tokens to rank on, and to report on, at most
+PROBE_ROWS = 2 ** 14                                # of them, that a linear probe is trained on
+NEAR = 50                                           # latents that random ones are drawn from
 
 # --- what a concept is ----------------------------------------------------------------------------
 
@@ -92,6 +99,83 @@ def named(name, texts):
         return Concept(name, "token", re.compile(rf"^\s+{of}", re.I), texts)
     runs.fail(f"--concept {name}: unknown; use {', '.join([*BUILT_IN, *LINE])}, keyword:NAME, "
               "letter:X, a --regex, or TASK=CLASS with --labels")
+
+# --- tokens with and without it -------------------------------------------------------------------
+
+def heldout_contexts(source):
+    """The numbers of the contexts of a harvest that are held out, ascending."""
+    ids, where = lm.heldout_tokens(source)
+    return np.unique(where // ids.shape[1])
+
+def harvested(source):
+    """(x [N, D] fp16, ids [n, T], where [N]) of tokens of training contexts, and of held-out ones,
+    from the activations on disk; where: context * T + position."""
+    ids, held = lm.heldout_tokens(source)
+    where = np.concatenate([np.load(p) for p in sorted(source.folder.glob("where-*.npy"))])
+    other = np.flatnonzero(~np.isin(where // ids.shape[1], heldout_contexts(source)))[:TRAINING]
+    mine = np.sort(source.heldout_rows())[:HELD_OUT]
+    return [(source.shards.read(rows).to(source.device), ids, where[rows])
+            for rows in (other, mine)]
+
+def labelled(args, source, model, tokenizer, block):
+    """The same of the documents of --labels, and what is true of the tokens, [N] bool each. Three
+    fifths and one fifth of the documents to train on, the rest held out."""
+    task, _, of = args.concept.partition("=")
+    if not tokenizer.is_fast:
+        runs.fail("--labels: this tokenizer gives no offsets of its tokens in the text; give the "
+                  "model a fast tokenizer (tokenizer.json)")
+    T = source.meta["context_size"]
+    ids, part, tasks = probing.contexts(roles.labelled(args.labels), tokenizer, T,
+                                        Contexts(tokenizer, T).bos)
+    names, label = tasks.get(task, ([], None))
+    if of not in names:
+        there = ", ".join(f"{t}={n}" for t, (found, _) in tasks.items() for n in found)
+        runs.fail(f"--concept {args.concept}: {args.labels} has no such class in contexts of {T} "
+                  f"tokens; it has {there or 'none'}")
+    out, n = [], TRAINING // T
+    for chosen, most in ((part < 2, n), (part == 2, n // 2)):
+        mine, yes = ids[chosen][:most], label[chosen][:most] == names.index(of)
+        x = torch.cat([lm.residual_stream(model, block, mine[i:i + 32]).half()
+                       for i in range(0, len(mine), 32)] or [torch.zeros(0, T, source.d_in)])
+        keep = ~(x.float().norm(dim=-1) > source.meta["norm_cut"]).cpu()
+        keep[:, 0] = False
+        out.append((x[keep], torch.from_numpy(yes)[keep]))
+    return out
+
+def prepare(args, source, model, tokenizer, block, texts):
+    """(concept, tokens to rank on, tokens to report on), of --concept, --regex, --so-far or
+    --labels; tokens have x [N, D] and y [N] bool. Fails where too few have the concept, or lack
+    it."""
+    if args.labels:
+        flag, concept = f"--concept {args.concept}", Concept(args.concept, "probe", None, texts)
+        parts = labelled(args, source, model, tokenizer, block)
+    else:
+        if args.concept:
+            flag, concept = f"--concept {args.concept}", named(args.concept, texts)
+        elif args.regex is not None:
+            flag, kind, pattern = f"--regex {args.regex}", "token", compiled("--regex", args.regex)
+            concept = Concept(args.regex, kind, pattern, texts)
+        else:
+            flag, pattern = f"--so-far {args.so_far}", compiled("--so-far", args.so_far)
+            concept = Concept(args.so_far, "text", pattern, texts)
+        parts = []
+        for x, ids, where in harvested(source):
+            context, place = where // ids.shape[1], where % ids.shape[1]
+            used, at = np.unique(context, return_inverse=True)
+            parts.append((x, torch.from_numpy(concept.true(ids[used])[at, place])))
+    for kind, (x, y) in zip(("training", "held-out"), parts):
+        if min(n := int(y.sum()), len(y) - n) < FEWEST:
+            runs.fail(f"{flag}: holds for {n:,} of {len(y):,} tokens of {kind} contexts; at least "
+                      f"{FEWEST} must have it and {FEWEST} not: use another, or a longer text")
+    tokens = [SimpleNamespace(x=x, y=y) for x, y in parts]
+    if concept.kind == "probe":
+        concept.judge = linear_probe(*parts[0])
+    return concept, *tokens
+
+def linear_probe(x, y):
+    """(w [D], b) in float64 of a logistic regression on x [N, D], both classes of one weight."""
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:PROBE_ROWS]
+    return probes.logistic(x[rows].float(), y.to(x.device)[rows], balanced=True, steps=60)
 
 # --- which latents correlate ----------------------------------------------------------------------
 
@@ -157,3 +241,45 @@ class Codes:
         f1[:-1][value[:-1] == value[1:]] = 0
         at = int(f1.argmax())
         return value[at + 1].item() if at + 1 < len(value) else 0.0
+
+class Ranked:
+    """The latents of a saved SAE as detectors of a concept, on tokens as prepare() gives them.
+    codes: those of `train`, where they are known already."""
+    def __init__(self, sae, train, heldout, codes=None):
+        self.sae, self.y, self.heldout = sae, train.y, heldout
+        self.codes = codes or Codes(sae.encode, train.x)
+        self.f1, self.auc, self.correlation = self.codes.scores(train.y)
+
+    def best(self, n):
+        return self.f1.topk(min(n, int((self.codes.count > 0).sum()))).indices.tolist()
+
+    def scores(self, i):
+        """dict of how well latent i tells the concept; F1 on held-out tokens at the threshold that
+        is best in training."""
+        one = Codes(lambda x: self.sae.encode(x)[:, [i]], self.heldout.x)
+        z = torch.zeros(one.N, device=one.row.device).double().index_add_(0, one.row, one.value)
+        said = z > self.codes.threshold(i, self.y)
+        f1 = probes.scores(said.cpu(), self.heldout.y.cpu())[2].item()
+        _, auc, correlation = one.scores(self.heldout.y)
+        return dict(latent=i, rate=self.codes.rate[i].item(), peak=self.codes.peak[i].item(),
+                    f1_train=self.f1[i].item(), f1=f1, auc=auc.item(),
+                    correlation=correlation.item())
+
+    def row(self, i):
+        """What alpha = 1 adds, [D]."""
+        return self.codes.peak[i].float() * self.sae.t["W_dec"][i]
+
+    def clamp(self, i):
+        W, peak = self.sae.t["W_dec"][i], self.codes.peak[i].float()
+        return lambda a: lambda x: x + (a * peak - self.sae.encode(x)[:, i])[:, None] * W
+
+    def random(self, i, tested, n, seed):
+        """n random latents as frequent as i, their rows as long as row(i): [n, D]."""
+        far = (self.codes.rate.log() - self.codes.rate[i].log()).abs()
+        far[[*tested]] = torch.inf
+        near = far.argsort()[:min(NEAR, int(far.isfinite().sum()))]
+        if not len(near):
+            runs.fail(f"{self.sae.path}: has no other latent that fires; there is no control")
+        g = torch.Generator().manual_seed(seed + 1)
+        W = self.sae.t["W_dec"][near[torch.randint(len(near), (n,), generator=g).to(near.device)]]
+        return W / W.norm(dim=1, keepdim=True) * self.row(i).norm()

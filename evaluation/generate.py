@@ -14,9 +14,28 @@ its keys and values are kept for all that follows.
 import contextlib, copy
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import runs
+from sources import lm
+
+LEAST = 8                               # prompts
+
+def prompts(source, model, count, length, new):
+    """ids [P, T]: the first tokens of held-out contexts of a harvest, P <= count, T <= length; fails
+    if they are too few, or too long for `new` more tokens."""
+    ids, where = lm.heldout_tokens(source)
+    here = np.unique(where // ids.shape[1])[:count]
+    T = min(length, ids.shape[1])
+    if len(here) < LEAST:
+        runs.fail(f"--text: only {len(here)} contexts of it are held out, and {LEAST} prompts are "
+                  "needed; give a longer one, or more --cache-tokens")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10 ** 9
+    if T + new > limit:
+        runs.fail(f"--length {new}: {T} tokens of a prompt and these are more than the {limit} "
+                  "that the model takes; use less, or a smaller --prompt-length")
+    return torch.from_numpy(ids[here, :T]).long()
 
 class Writer:
     """Of prompts ids [P, T] int64, S samples each, N new tokens. write(change) -> ids [P, S, N],

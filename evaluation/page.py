@@ -1,7 +1,8 @@
 """One HTML page of what evaluate.py measured. It needs no network and no server: open it from disk.
 
-`document(title, body)` is the head and foot of this page and of those of applications/, with their
-style and script; `dose_svg` and `table_html` are for both. `render(groups)` writes, for each data set on which runs were evaluated, one dict of `groups`:
+`document(title, body)` is the head and foot of this page and of those of applications/, with style
+and script; dose_svg, figures_html and written_html are for these. `render(groups)` writes, for each
+data set on which runs were evaluated, one dict of `groups`:
     data      what the data is: the section's heading
     tables    (title, note, header, rows of cells) each; a click on a column's name sorts by it
     rows      a dict a run: run, variant; l0, fvu: the frontier; density: how often latents fire
@@ -391,6 +392,23 @@ def group_html(i, group):
             f"left is better.</figcaption></figure>\n<figure>{density_svg(rows)}<figcaption>How "
             "often latents fire; dead ones never did.</figcaption></figure></div>\n"
             f"{features_html(rows)}</section>\n")
+
+def figures_html(figures):
+    """Pictures side by side: [(svg, caption), ...]."""
+    return '<div class="plots">' + "\n".join(
+        f"<figure>{svg}<figcaption>{cell(caption)}</figcaption></figure>"
+        for svg, caption in figures) + "</div>\n"
+
+def written_html(title, note, prompts):
+    """What a model writes: [(tokens of the prompt, {name: [(token, marked), ...]}), ...]."""
+    body = ""
+    for i, (prompt, ways) in enumerate(prompts, 1):
+        texts = {name: "".join(f'<mark style="--a:.6">{visible(t)}</mark>' if marked else visible(t)
+                               for t, marked in tokens) for name, tokens in ways.items()}
+        body += (f'<h4>Prompt {i}</h4><p><code>{"".join(map(visible, prompt))}</code></p><dl>'
+                 + "".join(f"<dt>{cell(name)}</dt><dd><code>{text}</code></dd>\n"
+                           for name, text in texts.items()) + "</dl>\n")
+    return f'<h3>{cell(title)}</h3><p class="note">{cell(note)}</p>\n{body}'
 
 def document(title, body):
     """A whole page as one string, around HTML in which every text is escaped; write it as UTF-8."""

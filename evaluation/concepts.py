@@ -46,7 +46,7 @@ NEAR = 50                                           # latents that random ones a
 
 def token_texts(tokenizer, n):
     """What each of n tokens adds to a text, [n] strings."""
-    if len(tokenizer.get_vocab()) <= 64:                      # single letters: no spaces between
+    if Contexts(tokenizer, 2).letters:                        # of proteins: no spaces between
         return [t or "" for t in tokenizer.convert_ids_to_tokens(list(range(n)))]
     first = tokenizer("a", add_special_tokens=False).input_ids[-1:]
     before = tokenizer.decode(first)

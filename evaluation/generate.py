@@ -23,8 +23,8 @@ from sources import lm
 LEAST = 8                               # prompts
 
 def prompts(source, model, count, length, new):
-    """ids [P, T]: the first tokens of held-out contexts of a harvest, P <= count, T <= length; fails
-    if they are too few, or too long for `new` more tokens."""
+    """ids [P, T]: the first tokens of held-out contexts of a harvest, P <= count, T <= length.
+    Fails if they are too few, or too long for `new` more tokens."""
     ids, where = lm.heldout_tokens(source)
     here = np.unique(where // ids.shape[1])[:count]
     T = min(length, ids.shape[1])

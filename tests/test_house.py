@@ -72,6 +72,9 @@ def test_imports_go_one_way():
         if name.startswith("sources"):
             rooms = {other.partition(".")[0] for other in graph[name]}
             assert rooms <= {"sources", "runs", "othello"}, name
+        if name.startswith("applications."):
+            rooms = {other.partition(".")[0] for other in graph[name]}
+            assert rooms <= {"evaluation", "data", "sources", "runs"}, name
         knows_a_method = {path.stem for path in SCRIPTS} & graph[name]
         assert not knows_a_method or MODULES[name].parent.name == "benchmarks", name
 
@@ -153,7 +156,8 @@ def test_files_keep_their_size():
               "matryoshka_sae.py": 335, "gba_sae.py": 335, "data.py": 150}
     for path in OURS:
         lines = path.read_text().splitlines()
-        assert len(lines) <= limits.get(path.name, 500), f"{path.name}: {len(lines)} lines"
+        most = limits.get(path.name, 300 if path.parent.name == "applications" else 500)
+        assert len(lines) <= most, f"{path.name}: {len(lines)} lines"
         if path.parent.name != "benchmarks":
             assert max(map(len, lines), default=0) <= 100, path.name
 

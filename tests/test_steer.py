@@ -253,6 +253,83 @@ def test_other_runs_are_refused(tmp_path, one_line, array):
         one_line(lambda: steer.main([str(run), "--concept", "digit"]), str(run), *words)
     one_line(lambda: steer.main([str(tmp_path / "none"), "--concept", "digit"]), "no saved SAE")
 
+# --- protein models -------------------------------------------------------------------------------
+
+PROTEIN = ["<pad>", *"ARNDCQEGHILKMFPSTWYV", "X", "B", "1", "2", "Z"]       # 26: arginine is 2, the sentinels are 23 and 24
+
+def protein_tokenizer():
+    """One word a residue, as p-IgGen's: it puts no sentinels, and knows no end of text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(PROTEIN)}, unk_token="X"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+def test_sequences_are_documents(tmp_path, one_line):
+    """FASTA, also over several lines, and one sequence a line; other text stays whole. Tokens: sentinels and residues,
+    whatever the configuration says of BOS and EOS. Contexts begin where sequences do. Other letters are refused."""
+    assert text.sequences(">a b\nEVQL\nVES\n>c\n\nQVQ\n") == ["EVQLVES", "QVQ"] and text.sequences("EVQ\nQVR\n\n") == ["EVQ", "QVR"]
+    assert not any(map(text.sequences, ("Evq\nQV\n", "AB CD\n", "> a quote\nof words\n", "", ">a\n")))
+    (tmp_path / "s.fasta").write_text(">a\nEVRL\nV\n>b\nQR\n")
+    assert list(text.parts(str(tmp_path / "s.fasta"))) == [("EVRLV", True), ("QR", True)]
+    form = text.Contexts(protein_tokenizer(), 5)
+    ids = [i for part in text.parts(str(tmp_path / "s.fasta")) for i in form.tokens(*part)]
+    assert "".join(PROTEIN[i] for i in ids) == "1EVRLV21QR2" and form.eot == 24 and form.bos == []
+    cut = form.cut([*ids, *ids, *ids])
+    assert ["".join(PROTEIN[i] for i in row) for row in cut] == ["1EVRL", "1QR21", "1QR21"]
+    assert form.cut(ids[:3]).shape == (0, 5)
+    one_line(lambda: form.tokens("EVO", True), "--text", "'O'")
+    assert concepts.token_texts(protein_tokenizer(), 26) == PROTEIN
+
+@pytest.mark.claims
+def test_a_protein_model_from_harvest_to_steering(tmp_path, capsys):
+    """A GPT-NeoX of p-IgGen's kind, trained for a minute on sequences that now and then have a stretch of acidic residues;
+    a TopK SAE on it. The latent that best tells 'three acidic residues in a row' raises their share at equal price, by a
+    tenth at least; random latents do not, by half of that; and arginine, the configuration's EOS, ends nothing."""
+    import topk_sae
+    import transformers as tf
+    rng, lines = np.random.default_rng(0), []
+    for _ in range(4000):
+        acidic, row = False, ""
+        for _ in range(rng.integers(60, 90)):
+            acidic = rng.random() > 0.12 if acidic else rng.random() < 0.03
+            row += rng.choice(list("DE" if acidic else "ARNCQGHILKMFPSTWYV"))
+        lines.append(row)
+    (tmp_path / "t.fasta").write_text("\n".join(f">{i}\n{row}" for i, row in enumerate(lines)))
+    tokenizer = protein_tokenizer()
+    torch.manual_seed(0)
+    model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
+        vocab_size=26, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, rotary_pct=0.5,
+        max_position_embeddings=128, tie_word_embeddings=False, eos_token_id=2, bos_token_id=0, pad_token_id=0))
+    form = text.Contexts(tokenizer, 64)
+    ids = torch.from_numpy(form.cut([i for row in lines for i in form.tokens(row, True)])).long()
+    opt = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(400):
+        part = ids[torch.randint(len(ids), (32,))]
+        loss = model(input_ids=part, labels=part).loss
+        opt.zero_grad(), loss.backward(), opt.step()
+        for group in opt.param_groups:
+            group["lr"] = 3e-3 * min(1, (400 - step) / 200)
+    assert loss < 2.8                                         # of independent residues 2.95, at best 2.63
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    argv = ["--model", tmp_path / "model", "--text", tmp_path / "t.fasta", "--layer", 2, "--context", 64, "--cache-dir",
+            tmp_path / "cache", "--out", tmp_path / "run", "--d-sae", 384, "--k", 8, "--tokens", 600_000, "--batch-size", 1024]
+    topk_sae.train(topk_sae.parse_args([str(a) for a in argv]))
+    steer.main([str(tmp_path / "run"), "--so-far", r"[DE]{3}\Z", "--top", "1", "--prompts", "64", "--length", "20",
+                "--prompt-length", "24", "--html", str(tmp_path / "p.html")])
+    print(capsys.readouterr().out)
+    found = json.loads((tmp_path / "run/steering.json").read_text())
+    best, random = found["ways"][f"latent {found['latents'][0]['latent']}"], found["ways"]["random latents"]
+    assert found["latents"][0]["f1"] > 0.6
+    assert best["steers"] and best["low"] > 0 and best["effect"] > 0.1 and abs(random["effect"]) < best["effect"] / 2
+    args = steer.parse_args([str(tmp_path / "run"), "--so-far", "[DE]{3}"])
+    _, source, model, tokenizer, block = steer.open_language_run(args.run, args)
+    out = steer.Experiment(args, source, model, tokenizer, block).none
+    behind = out.live[..., 1:][out.ids[..., :-1] == 2]        # what follows an arginine
+    assert len(behind) > 5 and behind.all()
+    ends = out.ids[..., :-1] == 24
+    assert not out.live[..., 1:][ends].any()
+
 # --- the page -------------------------------------------------------------------------------------
 
 ODD = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>'

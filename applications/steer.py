@@ -16,8 +16,9 @@ Changes   at the run's layer, wherever a token is drawn (evaluation/generate.py)
 Controls  random latents: for each prompt another of the 50 live latents that fire about as
           often, its row as long as latent i's. A random direction for each prompt, the difference
           of means and the linear probe's w, all three as long as the difference of means
-Doses     alpha doubles from ALPHAS[0] until the price is passed, upwards and, for latents, also
-          downwards. Prompts, samples and noise are the same for all
+Doses     alpha doubles from ALPHAS[0] until the price is passed, and one dose is added where a
+          price that grows like alpha^2 would be met; for latents also downwards. Prompts, samples
+          and noise are the same for all
 Measured  rate: the share of new tokens with the concept. Price: by how much the cross-entropy of
           the continuation under the unsteered model is above that of the unsteered continuation,
           in nats a token. distinct: different pairs of tokens among all of a continuation
@@ -45,7 +46,7 @@ from evaluation.saved import open_language_run
 from evaluation.tables import print_table
 from sources.text import Contexts
 
-ALPHAS = 0.25, 0.5, 1, 2, 4, 8, 16      # in peaks of a latent, or lengths of a control
+ALPHAS = 0.5, 1, 2, 4, 8, 16            # in peaks of a latent, or lengths of a control
 SHOWN = 6                               # prompts on the page
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def parse_args(argv=None):
     add("--prompt-length", type=runs.at_least(2), default=32, help="tokens of each; default 32")
     add("--samples", type=runs.count, default=2, help="continuations of each; default 2")
     add("--length", type=runs.at_least(2), default=12, help="new tokens of each; default 12")
-    add("--price", type=runs.at_least(0.01, float), default=0.5, help="nats a token; default 0.5")
+    add("--price", type=runs.at_least(0.01, float), default=1.0, help="nats a token; default 1")
     add("--seed", type=runs.at_least(0), default=0, help="of all draws; default 0")
     add("--html", type=Path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
@@ -116,15 +117,17 @@ class Experiment:
         found.price = (found.ce - self.none.ce).mean().item() if alpha or change else 0.0
         return found
 
-    def climb(self, at, sign=1, bar=None):
-        """[outcome of each dose], the price passed by the last one alone; at(alpha) -> a change."""
-        out = []
+    def climb(self, at, sign=1):
+        """[outcome of each dose], from the smallest on; at(alpha) -> a change."""
+        out, before, root = [], self.none, lambda price: max(0.0, price) ** 0.5
         for alpha in ALPHAS:
-            out.append(self.try_(at(sign * alpha), sign * alpha))
-            if bar is not None:
-                bar.update()
-            if out[-1].price >= self.args.price:
-                break
+            now = self.try_(at(sign * alpha), sign * alpha)
+            if now.price >= self.args.price:
+                t = (root(self.args.price) - root(before.price)) / (
+                    root(now.price) - root(before.price))
+                middle = before.alpha + t * (now.alpha - before.alpha)
+                return [*out, *([self.try_(at(middle), middle)] if t < 1 else []), now]
+            out, before = [*out, now], now
         return out
 
     def along(self, v):
@@ -159,16 +162,19 @@ def steer(ranked, e, latents, args):
     first, ways = latents[0], {}
     controls = {"random latents": ranked.random(first, latents, len(e.prompts), args.seed),
                 **e.own_controls(args.seed)}
-    with runs.Bar(total=(2 * len(latents) + 1 + len(controls)) * len(ALPHAS), desc="steer",
-                  unit="dose") as bar:
+    with runs.Bar(total=2 * len(latents) + 1 + len(controls), desc="steer", unit="way") as bar:
         for i in latents:
+            found = []
             for sign in (-1, 1):
-                found = e.climb(e.along(ranked.row(i)), sign, bar)
-                ways[f"latent {i}"] = ways.get(f"latent {i}", [])[::-1] + found
-        zero = e.try_(ranked.clamp(first)(0), 0)
-        ways[f"latent {first} clamped"] = [zero, *e.climb(ranked.clamp(first), 1, bar)]
+                found = found[::-1] + e.climb(e.along(ranked.row(i)), sign)
+                bar.update()
+            ways[f"latent {i}"] = found
+        ways[f"latent {first} clamped"] = [e.try_(ranked.clamp(first)(0), 0),
+                                           *e.climb(ranked.clamp(first))]
+        bar.update()
         for name, v in controls.items():
-            ways[name] = e.climb(e.along(v), 1, bar)
+            ways[name] = e.climb(e.along(v))
+            bar.update()
     return ways
 
 # --- what comes out -------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def report(args):
     rows = {name: group for name, group in rows.items() if group}
     n = len(next(iter(none.values()))["ways"][OWN[0]]["effect"])
     lines = [f"{found['machine']}; smollm2, layer 6, L0 32; {sum(map(len, rows.values()))} runs, {len(none)} concepts, {n} prompts. "
-             "Effects are differences of rates at a price of 0.5 nats a token; plus or minus a standard error over seeds. Made by "
+             "Effects are differences of rates at a price of 1 nat a token; plus or minus a standard error over seeds. Made by "
              "benchmarks/steering.py.", "", "| | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
     lines += [f"| {name} | " + " | ".join(cell([f(of) for of in group], form) for f, form in COLUMNS.values()) + " |"
               for name, group in rows.items()]

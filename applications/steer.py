@@ -248,6 +248,9 @@ def render(e, run, shown, rows, ways, ends, first):
 def main(argv=None):
     args = parse_args(argv)
     sae, source, model, tokenizer, block = open_language_run(args.run, args)
+    if sae.norm != "none":
+        runs.fail(f"{args.run}: takes normalised inputs, so its codes have no fixed length in the "
+                  "model; give a run that takes raw activations")
     if wrong := [i for i in args.latents or [] if not 0 <= i < sae.d_sae]:
         runs.fail(f"--latents {wrong[0]}: {args.run} has latents 0 to {sae.d_sae - 1}")
     e = Experiment(args, source, model, tokenizer, block)

@@ -109,13 +109,16 @@ def heldout_contexts(source):
 
 def harvested(source):
     """(x [N, D] fp16, ids [n, T], where [N]) of tokens of training contexts, and of held-out ones,
-    from the activations on disk; where: context * T + position."""
-    ids, held = lm.heldout_tokens(source)
+    from the activations on disk; where: context * T + position. A run with --stream keeps held-out
+    contexts alone: there the later half stands for those of training."""
+    ids, _ = lm.heldout_tokens(source)
     where = np.concatenate([np.load(p) for p in sorted(source.folder.glob("where-*.npy"))])
-    other = np.flatnonzero(~np.isin(where // ids.shape[1], heldout_contexts(source)))[:TRAINING]
-    mine = np.sort(source.heldout_rows())[:HELD_OUT]
-    return [(source.shards.read(rows).to(source.device), ids, where[rows])
-            for rows in (other, mine)]
+    context, held = where // ids.shape[1], heldout_contexts(source)
+    if np.isin(context, held).all():
+        held = held[:len(held) // 2]
+    mine = np.isin(context, held)
+    return [(source.shards.read(rows).to(source.device), ids, where[rows]) for rows in (
+        np.flatnonzero(~mine)[:TRAINING], np.flatnonzero(mine)[:HELD_OUT])]
 
 def labelled(args, source, model, tokenizer, block):
     """The same of the documents of --labels, and what is true of the tokens, [N] bool each. Three

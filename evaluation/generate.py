@@ -42,9 +42,6 @@ class Writer:
     ce [P, S, N], live [P, S, N] bool and, if keep, the activations x [P, S, N, D] at `block`."""
     @torch.inference_mode()
     def __init__(self, model, block, ids, samples, length, end, cut, seed, keep=False):
-        if model.get_output_embeddings() is None:
-            runs.fail("--model: has no head that gives the next token, so it cannot write; use a "
-                      "causal language model")
         self.model, self.block, self.end, self.cut, self.seed = model, block, end, cut, seed
         self.P, self.S, self.N, self.keep = len(ids), samples, length, keep
         ids = ids.to(model.device)

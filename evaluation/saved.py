@@ -160,4 +160,8 @@ def open_language_run(path, args):
     model, tokenizer, blocks = lm.load(lm.model_dir(flags["model"], source.flags.cache_dir),
                                        flags["model"], source.device,
                                        getattr(torch, source.meta["dtype"]))
+    head = model.get_output_embeddings()
+    if head is None or any(model.get_parameter(name) is head.weight for name in model.made_up):
+        runs.fail(f"--model {flags['model']}: its files have no head that gives the next token, so "
+                  "it cannot write; use the causal language model that it is a part of")
     return sae.to(source.device), source, model, tokenizer, blocks[flags["layer"]]

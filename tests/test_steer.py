@@ -253,6 +253,29 @@ def test_other_runs_are_refused(tmp_path, one_line, array):
         one_line(lambda: steer.main([str(run), "--concept", "digit"]), str(run), *words)
     one_line(lambda: steer.main([str(tmp_path / "none"), "--concept", "digit"]), "no saved SAE")
 
+def test_models_without_a_head_and_normalised_inputs_are_refused(planted, tmp_path, one_line):
+    """A model whose files lack the head: transformers would put a random one in its place."""
+    import transformers as tf
+    folder, flags = planted
+    tf.AutoModel.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((folder / "model" / name).read_bytes())
+    run = dictionary(tmp_path / "run", dict(flags, model=str(tmp_path / "model")))
+    one_line(lambda: steer.main([str(run), "--concept", "digit"]), "--model", "no head", "causal")
+    run = dictionary(tmp_path / "normed", flags)
+    cfg = json.loads((run / "cfg.json").read_text())
+    (run / "cfg.json").write_text(json.dumps(dict(cfg, normalize_activations="layer_norm")))
+    one_line(lambda: steer.main([str(run), "--concept", "digit"]), str(run), "normalised")
+
+def test_a_run_on_a_stream(planted, tmp_path):
+    """There only held-out contexts are on disk: half to rank on, the others to report on and to write on from."""
+    folder, flags = planted
+    (tmp_path / "t.txt").write_text("\n".join([(folder / "t.txt").read_text()] * 20))
+    run = dictionary(tmp_path / "run", dict(flags, stream=True, buffer=2000, text=str(tmp_path / "t.txt")))
+    steer.main([str(run), "--concept", "digit", "--latents", "0", *SMALL])
+    found = json.loads((run / "steering.json").read_text())
+    assert found["ways"]["latent 0"]["steers"] and found["latents"][0]["f1"] > 0.99
+
 # --- protein models -------------------------------------------------------------------------------
 
 PROTEIN = ["<pad>", *"ARNDCQEGHILKMFPSTWYV", "X", "B", "1", "2", "Z"]       # 26: arginine is 2, the sentinels are 23 and 24

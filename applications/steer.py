@@ -13,9 +13,9 @@ are ranked by their best F1 on training contexts, and reported on held-out ones.
 Changes   at the run's layer, wherever a token is drawn (evaluation/generate.py):
           latent i          x + alpha peak_i W_dec[i]; peak_i: its largest code in training
           latent i clamped  x + (alpha peak_i - z_i(x)) W_dec[i]: the code is set, the error stays
-Controls  random latents: for each prompt another of the 50 live latents that fire about as
-          often, its row as long as latent i's. A random direction for each prompt, the difference
-          of means and the linear probe's w, all three as long as the difference of means
+Controls  random latents: for each prompt another of the 50 live latents that fire about as often
+          as the first one tested, its row as long as that one's. A random direction for each
+          prompt, the difference of means and the linear probe's w, all as long as the second
 Doses     alpha doubles from ALPHAS[0] until the price is passed, and one dose is added where a
           price that grows like alpha^2 would be met; for latents also downwards. Prompts, samples
           and noise are the same for all
@@ -77,6 +77,8 @@ def parse_args(argv=None):
         parser.error("--concept, --regex, --so-far: give one of them, as in --concept digit")
     if args.labels and "=" not in (args.concept or ""):
         parser.error("--labels: name a class in it, as in --concept role=argument")
+    if args.html and args.html.is_dir():
+        parser.error(f"--html {args.html}: a folder; name a file")
     args.torch_device = runs.open_device(args.device)
     return args
 
@@ -198,8 +200,9 @@ def summary(e, ways, latents):
     return rows, ends
 
 def found_in(e, outcomes):
-    """The doses with the unsteered text in its place among them."""
-    return sorted([e.none, *(o for o in outcomes if o.alpha)], key=lambda o: o.alpha)
+    """The doses, from the lowest on; 0 is the unsteered text, but of a clamped code its removal."""
+    zero = [] if any(o.alpha == 0 for o in outcomes) else [e.none]
+    return sorted([*zero, *outcomes], key=lambda o: o.alpha)
 
 def tables(e, scores, rows):
     unsteered = f"unsteered rate {e.none.rate.mean():.3f}, {e.none.ce.mean():.2f} nats a token, " \
@@ -256,6 +259,8 @@ def main(argv=None):
     e = Experiment(args, source, model, tokenizer, block)
     ranked = concepts.Ranked(sae, e.train, e.heldout)
     latents = list(dict.fromkeys(args.latents or ranked.best(args.top)))
+    if not latents:
+        runs.fail(f"{args.run}: all of its latents are silent here; give a run on this data")
     if dead := [i for i in latents if not ranked.codes.count[i]]:
         runs.fail(f"--latents {dead[0]}: is dead, or fires on none of {ranked.codes.N:,} tokens; "
                   "choose one that fires")

@@ -240,7 +240,7 @@ class Codes:
         """The t of the best F1 of one latent: 'z > t'."""
         own = slice(int(self.before[latent]), int(self.before[latent] + self.count[latent]))
         hit, value = y.to(self.row.device)[self.row[own]].double().cumsum(0), self.value[own]
-        f1 = 2 * hit / (torch.arange(len(hit), device=hit.device) + 1 + y.sum())
+        f1 = 2 * hit / (torch.arange(len(hit), device=hit.device) + 1 + y.sum().item())
         f1[:-1][value[:-1] == value[1:]] = 0
         at = int(f1.argmax())
         return value[at + 1].item() if at + 1 < len(value) else 0.0

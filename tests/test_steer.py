@@ -185,6 +185,8 @@ def test_a_planted_cause_steers_and_a_correlate_does_not(planted, tmp_path, caps
     assert not correlate["steers"] and abs(correlate["effect"]) < 0.05
     assert abs(ways["random latents"]["effect"]) < 0.1 and ways["latent 0 clamped"]["low"] > 0.1
     assert ways["random direction"]["effect"] < cause["effect"] / 2
+    removed = ways["latent 0 clamped"]["doses"][0]
+    assert removed["alpha"] == 0 and removed["rate"] < 0.25   # of a latent that the unsteered text does not use
     rates = [d["rate"] for d in cause["doses"]]
     assert [d["alpha"] for d in cause["doses"]] == sorted(d["alpha"] for d in cause["doses"]) and min(
         d["alpha"] for d in cause["doses"]) < 0 and rates[0] <= rates[-1] and "steers" in said

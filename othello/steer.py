@@ -76,7 +76,9 @@ def pursuit(R, W, most):
     for _ in range(most):
         chosen.append((left @ W.double().T).abs().argmax(1))
         A = W.double()[torch.stack(chosen, 1)]                               # (n, rounds, D)
-        found.append((A.mT @ torch.linalg.pinv(A.mT) @ R.double()[..., None])[..., 0])
+        gram = A @ A.mT + 1e-9 * torch.eye(A.shape[1], device=A.device)      # a row may come twice
+        weight = torch.linalg.solve(gram, A @ R.double()[..., None])
+        found.append((A.mT @ weight)[..., 0])
         left = R.double() - found[-1]
     return torch.stack(found).float()
 

@@ -107,10 +107,10 @@ def heldout_contexts(source):
     ids, where = lm.heldout_tokens(source)
     return np.unique(where // ids.shape[1])
 
-def harvested(source):
+def harvested(source, training=TRAINING, held_out=HELD_OUT):
     """(x [N, D] fp16, ids [n, T], where [N]) of tokens of training contexts, and of held-out ones,
-    from the activations on disk; where: context * T + position. A run with --stream keeps held-out
-    contexts alone: there the later half stands for those of training."""
+    from the activations on disk, so many at most; where: context * T + position. A run with
+    --stream keeps held-out contexts alone: there the later half stands for those of training."""
     ids, _ = lm.heldout_tokens(source)
     where = np.concatenate([np.load(p) for p in sorted(source.folder.glob("where-*.npy"))])
     context, held = where // ids.shape[1], heldout_contexts(source)
@@ -118,7 +118,7 @@ def harvested(source):
         held = held[:len(held) // 2]
     mine = np.isin(context, held)
     return [(source.shards.read(rows).to(source.device), ids, where[rows]) for rows in (
-        np.flatnonzero(~mine)[:TRAINING], np.flatnonzero(mine)[:HELD_OUT])]
+        np.flatnonzero(~mine)[:training], np.flatnonzero(mine)[:held_out])]
 
 def labelled(args, source, model, tokenizer, block):
     """The same of the documents of --labels, and what is true of the tokens, [N] bool each. Three

@@ -1,0 +1,188 @@
+"""Texts to test programs on (evaluation/programs.py), and what latents do on them: a laboratory.
+
+    read      real tokens of training contexts, the pool, and held-out ones, from the harvest
+    edits     a real text that ends with a firing token, changed: its last token, the one before it
+              or two before it another one; its line behind a # or an open quote, or in a call; the
+              lines before it gone
+    write     a text in which a program holds at the end, from a small grammar of Python: functions
+              with names of their own, cut anywhere, with the tokens that the program asks for
+    run       the model on such texts: a latent's code at the end, and its largest one
+
+A text is (ids, the triple quotes that it begins in, or ''); what is asked of it is asked of its
+last token. Made-up texts have at most WINDOW tokens; as in a harvest nothing is said of position 0
+and of tokens whose norm is above the cut: there the code counts as 0. All draws are those of a
+generator that is given.
+"""
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import runs
+from evaluation import concepts
+from evaluation.programs import SETS, Language
+from sources import lm
+from sources.text import Contexts
+
+POOL, HELD_OUT = 2 ** 17, 2 ** 16       # tokens of training contexts, and held-out ones, at most
+WINDOW = 32                             # tokens of a text that is run
+LIBRARY = 200                           # texts of the grammar
+MOVES = {"in a comment": " #", "in a string": ' x = "', "in a call": " print("}
+
+# --- a grammar of Python --------------------------------------------------------------------------
+
+NOUNS = """name value key item data path line text count index size node result state total file
+start end mode flag words table parent buffer message error level width color""".split()
+VERBS = "get set read write make find parse load add check send build update remove open".split()
+
+def grammar(rng):
+    """A function of random names, as text: signature, docstring, comments, calls, strings."""
+    pick = lambda *from_: str(rng.choice(from_))
+    noun = lambda: pick(*NOUNS)
+    name = lambda: pick(noun(), f"{noun()}_{noun()}", f"self.{noun()}", noun().capitalize())
+    phrase = lambda: f"{pick(*VERBS)} the {noun()} {pick('of', 'in', 'for', 'and')} the {noun()}"
+    def value(deep=0):
+        kinds = [name, lambda: str(rng.integers(1000)), lambda: repr(phrase()),
+                 lambda: pick("None", "True", "False"), lambda: f'"{noun()}"']
+        if deep < 2:
+            inner = lambda: ", ".join(value(deep + 1) for _ in range(rng.integers(1, 4)))
+            kinds += [lambda: f"{pick(*VERBS)}_{noun()}({inner()})", lambda: f"[{inner()}]",
+                      lambda: f"{{{noun()!r}: {value(deep + 1)}}}",
+                      lambda: f"{name()}.{pick(*VERBS)}({inner()})",
+                      lambda: f"{value(2)} {pick('+', '-', '*', '==', 'and', 'in')} {value(2)}"]
+        return kinds[rng.integers(len(kinds))]()
+    def statement(pad):
+        body = lambda: statement(pad + "    ")
+        kinds = [lambda: f"{name()} = {value()}", lambda: f"# {phrase()}", lambda: f"{value(1)}",
+                 lambda: f"return {value()}", lambda: f"{name()} += {value(1)}  # {phrase()}",
+                 lambda: f"for {noun()} in {value(1)}:\n{body()}", lambda: f"raise ValueError("
+                 f"{phrase()!r})", lambda: f"import {noun()}", lambda: f"{name()}({value(1)})",
+                 lambda: f"if {value(1)}:\n{body()}", lambda: f"with open({name()}) as {noun()}:\n"
+                 f"{body()}"]
+        return pad + kinds[rng.integers(len(kinds))]()
+    parameters = ", ".join(["self"] * (rng.random() < 0.5) + [
+        noun() + pick("", "=None", f"={rng.integers(10)}") for _ in range(rng.integers(1, 4))])
+    lines = [f"class {noun().capitalize()}:"] * (rng.random() < 0.2)
+    pad = "    " * len(lines)
+    lines.append(f"{pad}def {pick(*VERBS)}_{noun()}({parameters}):")
+    if rng.random() < 0.6:
+        lines.append(f'{pad}    """{phrase().capitalize()}.\n\n{pad}    {phrase()}.\n{pad}    """')
+    return "\n".join([*lines, *(statement(pad + "    ") for _ in range(rng.integers(1, 5))), ""])
+
+# --- the laboratory -------------------------------------------------------------------------------
+
+def tokens(language, x, ids, where):
+    """Harvested tokens: x [N, D], their context and place [N], the read of them, and ids [n, T]
+    of all contexts."""
+    context, place = where // ids.shape[1], where % ids.shape[1]
+    used, at = np.unique(context, return_inverse=True)
+    read = language.read(ids[used]).take(at * ids.shape[1] + place)
+    return SimpleNamespace(x=x, ids=ids, context=context, place=place, read=read)
+
+class Lab:
+    """Language, pool and held-out tokens of one harvest, whatever the run."""
+    def __init__(self, source, model, tokenizer, block, seed=0):
+        if Contexts(tokenizer, 2).letters:
+            runs.fail("--model: a protein model, of whose text these programs say nothing; give a "
+                      "run on a model of text")
+        n = model.get_output_embeddings().out_features
+        self.language = Language(concepts.token_texts(tokenizer, n))
+        self.model, self.block, self.cut = model, block, source.meta["norm_cut"]
+        self.pool, self.heldout = (tokens(self.language, *part) for part in concepts.harvested(
+            source, POOL, HELD_OUT))
+        self.frequency = np.bincount(self.pool.read.token, minlength=n) / len(self.pool.x)
+        encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        self.begin = Contexts(tokenizer, 2).bos
+        rng = np.random.default_rng((seed, 1))
+        self.library = [encode(grammar(rng)) for _ in range(LIBRARY)]
+        self.library_read = self.language.read(self.library, [""] * LIBRARY)
+        lengths = np.array(list(map(len, self.library)))
+        self.library_text = np.repeat(np.arange(LIBRARY), lengths)
+        self.library_at = np.concatenate(list(map(np.arange, lengths)))
+        self.moves = {name: encode(text) for name, text in MOVES.items()}
+        self.newline = self.language.tables["newline"]
+
+    def real(self, row):
+        """The text that ends with this token of the pool."""
+        ids, end = self.pool.ids[self.pool.context[row]], self.pool.place[row] + 1
+        begin = max(0, end - WINDOW)
+        inside = self.language.read([ids[:begin + 1]]).inside[-1] if begin else 0
+        return tuple(int(i) for i in ids[begin:end]), '"""' if inside & 2 else ""
+
+    def some_token(self, rng, table=None):
+        """A token as often as the pool has it, among those of a table [V + 1] if there is one."""
+        p = self.frequency if table is None else self.frequency * table[:-1]
+        if not p.sum():
+            return int(rng.choice(np.flatnonzero(table[:-1])))
+        return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right"))
+
+    def edits(self, text, rng, tables=()):
+        """[(what was done, text)] of changes of a text; tables: also tokens of these [V + 1]."""
+        (ids, begin), out = text, [("as it is", text)]
+        for back, name in enumerate(("token", "token before", "token two before")):
+            for table in [None, *tables] if not back else [None]:
+                if len(ids) > back + 1:
+                    new, place = list(ids), len(ids) - 1 - back
+                    new[place] = self.some_token(rng, table)
+                    out.append((f"{name} changed", (tuple(new), begin)))
+        line = max((i for i in range(len(ids) - 1) if self.newline[ids[i]]), default=-1)
+        for name, more in self.moves.items():
+            out.append((name, ((*ids[:line + 1], *more, *ids[line + 1:]), begin)))
+        if 0 < line < len(ids) - 2:
+            out.append(("its line alone", (ids[line:], begin)))
+        return [(name, (self.begin + list(new)[-WINDOW:], b)) for name, (new, b) in out]
+
+    def write(self, program, n, rng):
+        """At most n texts of the grammar in which the program holds at the end."""
+        lang, read, made = self.language, self.library_read, []
+        wanted = {l.kind: lang.members(l.value) for l in program.literals
+                  if l.kind in SETS and l.holds}
+        for l in program.literals:
+            if l.kind == "class" and l.holds:
+                wanted["token"] = lang.tables[l.value] & wanted.get("token", True)
+        where = np.logical_and.reduce([lang.holds(l, read) for l in program.literals if l.kind in (
+            "inside", "place", "depth")] or [np.ones(len(read.token), bool)])
+        rows = np.flatnonzero(where & (self.library_at >= 4))
+        if not len(rows) or not all(table.any() for table in wanted.values()):
+            return []
+        for _ in range(8):
+            texts = []
+            for row in rng.choice(rows, 2 * n):
+                at = self.library_at[row]
+                ids = self.library[self.library_text[row]][:at + 1]
+                for back, kind in enumerate(SETS):
+                    if kind in wanted or kind == "token":
+                        ids[at - back] = self.some_token(rng, wanted.get(kind))
+                texts.append((self.begin + ids[-WINDOW:], ""))
+            good = lang.true(program, self.last(texts))
+            made += [text for text, yes in zip(texts, good) if yes]
+            if len(made) >= n:
+                break
+        return made[:n]
+
+    def last(self, texts):
+        """The read of the last tokens of texts."""
+        ends = np.cumsum([len(ids) for ids, _ in texts]) - 1
+        return self.language.read([ids for ids, _ in texts], [b for _, b in texts]).take(ends)
+
+    @torch.inference_mode()
+    def run(self, sae, latent, texts):
+        """(code at the end, largest code) of each text, float arrays."""
+        end, peak = np.zeros((2, len(texts)))
+        for i in range(0, len(texts), 64):
+            part = [ids for ids, _ in texts[i:i + 64]]
+            T = max(2, *map(len, part))
+            ids = np.array([[*row, *[row[-1]] * (T - len(row))] for row in part])
+            x = lm.residual_stream(self.model, self.block, ids)                  # (n, T, D)
+            keep = ~(x.norm(dim=-1) > self.cut)
+            keep[:, 0] = False
+            keep &= torch.tensor([[t < len(row) for t in range(T)] for row in part],
+                                 device=keep.device)
+            z = torch.zeros(keep.shape, device=x.device)
+            z[keep] = sae.encode(x[keep])[:, latent]
+            end[i:i + 64] = z[torch.arange(len(part)), [len(row) - 1 for row in part]].cpu()
+            peak[i:i + 64] = z.amax(1).cpu()
+        return end, peak
+
+    def show(self, text):
+        return "".join(self.language.texts[i] for i in text[0])

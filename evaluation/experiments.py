@@ -116,11 +116,12 @@ class Lab:
             return int(rng.choice(np.flatnonzero(table[:-1])))
         return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right"))
 
-    def edits(self, text, rng, tables=()):
-        """[(what was done, text)] of changes of a text; tables: also tokens of these [V + 1]."""
+    def edits(self, text, rng, program):
+        """[(what was done, text)] of changes of a text; also to tokens that the program names."""
         (ids, begin), out = text, [("as it is", text)]
+        named = [self.language.table(l) for l in program.literals if l.kind in ("token", "class")]
         for back, name in enumerate(("token", "token before", "token two before")):
-            for table in [None, *tables] if not back else [None]:
+            for table in [None, *named] if not back else [None]:
                 if len(ids) > back + 1:
                     new, place = list(ids), len(ids) - 1 - back
                     new[place] = self.some_token(rng, table)
@@ -130,7 +131,12 @@ class Lab:
             out.append((name, ((*ids[:line + 1], *more, *ids[line + 1:]), begin)))
         if 0 < line < len(ids) - 2:
             out.append(("its line alone", (ids[line:], begin)))
-        return [(name, (self.begin + list(new)[-WINDOW:], b)) for name, (new, b) in out]
+        return [(name, self.whole(*new)) for name, new in out]
+
+    def whole(self, ids, begin):
+        """A text that begins as contexts do, and is not too long."""
+        ids = list(ids)[-WINDOW:]
+        return ids if ids[:len(self.begin)] == self.begin else self.begin + ids, begin
 
     def write(self, program, n, rng):
         """At most n texts of the grammar in which the program holds at the end."""
@@ -138,8 +144,8 @@ class Lab:
         wanted = {l.kind: lang.members(l.value) for l in program.literals
                   if l.kind in SETS and l.holds}
         for l in program.literals:
-            if l.kind == "class" and l.holds:
-                wanted["token"] = lang.tables[l.value] & wanted.get("token", True)
+            if l.kind == "class" or l.kind == "token" and not l.holds:
+                wanted["token"] = lang.table(l) & wanted.get("token", True)
         where = np.logical_and.reduce([lang.holds(l, read) for l in program.literals if l.kind in (
             "inside", "place", "depth")] or [np.ones(len(read.token), bool)])
         rows = np.flatnonzero(where & (self.library_at >= 4))
@@ -153,7 +159,7 @@ class Lab:
                 for back, kind in enumerate(SETS):
                     if kind in wanted or kind == "token":
                         ids[at - back] = self.some_token(rng, wanted.get(kind))
-                texts.append((self.begin + ids[-WINDOW:], ""))
+                texts.append(self.whole(ids, ""))
             good = lang.true(program, self.last(texts))
             made += [text for text, yes in zip(texts, good) if yes]
             if len(made) >= n:

@@ -58,7 +58,7 @@ class Read(NamedTuple):
         return Read(*(column[rows] for column in self))
 
 def join(reads):
-    return Read(*map(np.concatenate, zip(*reads)))
+    return type(reads[0])(*map(np.concatenate, zip(*reads)))
 
 def simple(program):
     """The same without its strength: what it says, not how much."""
@@ -93,6 +93,12 @@ class Language:
             table[[i for text in value for i in self.ids.get(text, [])]] = True
             self.tables[value] = table
         return self.tables[value]
+
+    def table(self, literal):
+        """bool [V + 1]: the tokens of which a literal of the kind token or class holds."""
+        found = self.members(literal.value) if literal.kind == "token" else self.tables[
+            literal.value]
+        return found == literal.holds
 
     def holds(self, literal, read):
         """bool [N]"""

@@ -1,0 +1,260 @@
+"""What does a latent stand for? Explanations that predict, and experiments that test them.
+
+    python applications/explain.py runs/topk-smollm2-L6 --html explain.html      # ten latents
+    python applications/explain.py RUN --latents 1485 940
+    python applications/explain.py RUN --llm http://localhost:8000/v1 --llm-model NAME
+
+An explanation is a program of evaluation/programs.py: 'token in {' self'} and inside signature'. It
+says of each token whether the latent fires there, and how strongly. The loop is that of SAGE (arXiv
+2511.20820; its code was read, not the text), with a search in the place of its language model:
+
+exemplars    the ten pool contexts of the largest peaks, all their tokens; BACKGROUND random tokens
+hypotheses   the best programs by the score below that differ on the pool, and a control: a program
+             that should be silent
+experiments  for each: FOUND random real tokens where it holds; TESTS texts of experiments.py on
+             which it and the others differ most, edited exemplars and new ones, run on the model
+verdict      fires: at least a quarter of the mean of the ten peaks. confirmed: 3 of 4 tests come
+             out as the program says, of those where it says yes two or more; refuted: fewer than
+             half do; else refined: what the next round proposes has seen its tests
+review       --rounds times, with what has been read so far; conclusion: of the hypotheses that
+             were tested and not refuted the one of the best score; then the strengths
+score        cor(program, code) on the pool, estimated from what was read (evaluation/evidence.py)
+
+Scores, on held-out tokens: r and AUC over all of them, silent ones included; r10: SAGE's r over ten
+exemplars, 4, 3 and 3 of the ranks 10 to 40 %, to 70 %, to 100 %; written: of ten texts of the
+grammar in which the program holds, those with a peak of half the mean of the ten.
+Beside it  passive: the program of the best r on the exemplars, no experiments; reading: the same on
+           as many random tokens more as the loop has read; frequent: the token at most of the
+           exemplars' firing tokens; chance: the passive program of another latent.
+Writes RUN/explanations.json, with every test. Bad input costs one line and the exit code 2.
+"""
+import json, os, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import runs
+from evaluation import llm, page, probes
+from evaluation.concepts import Codes
+from evaluation.evidence import EXEMPLARS, Evidence
+from evaluation.experiments import Lab
+from evaluation.intervals import bootstrap, sign_flip
+from evaluation.programs import Literal, Program, to_json
+from evaluation.saved import open_language_run
+from evaluation.tables import print_table
+
+BACKGROUND, FOUND, TESTS = 24, 12, 8
+HYPOTHESES = 3                          # of a round, beside the control in the first
+WAYS = "active", "passive", "reading", "frequent", "chance"
+FIGURES = "r", "auc", "r10", "written"
+
+# --- arguments ------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = data.ArgumentParser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    add = parser.add_argument_group("explaining").add_argument
+    add("--latents", type=int, nargs="+", help="these; default: --count of all firing rates")
+    add("--count", type=runs.count, default=10, help="latents, if none are named; default 10")
+    add("--rounds", type=runs.count, default=4, help="of experiments, at most; default 4")
+    add("--seed", type=runs.at_least(0), default=0, help="of all draws; default 0")
+    add("--llm", metavar="URL", help="an OpenAI-compatible endpoint that proposes and judges")
+    add("--llm-model", metavar="NAME", help="its model")
+    add("--llm-key", metavar="VARIABLE", default="OPENAI_API_KEY", help="the environment variable "
+        "that holds the key; default OPENAI_API_KEY")
+    add("--llm-calls", type=runs.count, default=200, help="at most; default 200")
+    add("--llm-timeout", type=runs.at_least(0.1, float), default=60, help="seconds; default 60")
+    add("--html", type=Path, help="write the page there")
+    add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
+    args = parser.parse_args(argv)
+    if (args.llm is None) != (args.llm_model is None):
+        parser.error("--llm, --llm-model: give both, as in --llm http://localhost:8000/v1 "
+                     "--llm-model NAME")
+    if args.html and args.html.is_dir():
+        parser.error(f"--html {args.html}: a folder; name a file")
+    args.torch_device = runs.open_device(args.device)
+    return args
+
+# --- who proposes and judges ----------------------------------------------------------------------
+
+class Search:
+    """Hypotheses, tests and verdicts without a language model; llm.Mind has the same methods."""
+    def hypotheses(self, e, tested, n):
+        """Programs (literals) to test next. tested: [hypothesis, ...] so far."""
+        before = [h.literals for h in tested]
+        first = e.distinct(e.ranked(e.own), before, n) if not before else []
+        return first or e.distinct(e.ranked(), before, n)
+
+    def tests(self, e, literals, rivals):
+        """[(kind, text)]: half of the texts where it says yes, the other half where it says no, as
+        far as there are such, and among them those on which most rivals differ."""
+        program, texts = Program(literals), []
+        for row in e.rng.choice(e.peaks, 3):
+            texts += e.lab.edits(e.lab.real(row), e.rng, program)
+        for kind, other in [("new text", program), *(("rival's text", Program(r)) for r in rivals)]:
+            texts += [(kind, text) for text in e.lab.write(other, 2, e.rng)]
+        read = e.lab.last([text for _, text in texts])
+        says = e.lang.true(program, read)
+        differ = sum((e.lang.true(Program(r), read) != says for r in rivals), np.zeros(len(says)))
+        differ += 0.5 * e.rng.random(len(says))               # ties at random
+        chosen = [i for yes in (True, False) for i in sorted(
+            np.flatnonzero(says == yes), key=lambda i: -differ[i])[:TESTS // 2]]
+        return [texts[i] for i in chosen]
+
+    def verdict(self, e, h):
+        good = [t["says"] == t["fires"] for t in h.tests]
+        right = sum(g for g, t in zip(good, h.tests) if t["says"])
+        if sum(good) < len(good) / 2:
+            return "refuted"
+        return "confirmed" if sum(good) >= 0.75 * len(good) and right >= 2 else "refined"
+
+def control(e):
+    """A literal that hardly holds where the latent fires in the exemplars: the most usual of what
+    else stands there."""
+    read, z, _ = e.natural()
+    quiet = read.take(np.flatnonzero((z < e.fires)[:len(e.own)]))
+    found = [(l,) for l in e.lang.literals(quiet, np.ones(len(quiet[0])), 1) if l.holds]
+    strong = read.take(np.flatnonzero(z[:len(e.own)] >= e.level))
+    found = [l for l in found if not e.lang.holds(l[0], strong).any() and e.where(l).any()]
+    return max(found, key=lambda l: min(0.02, e.where(l).mean()), default=None)
+
+def test(e, h, texts):
+    """Run the texts, ask for real tokens, write down what comes out."""
+    if texts:
+        read, codes = e.lab.last([text for _, text in texts]), e.latent.run([t for _, t in texts])[0]
+        e.made.append((read, codes))
+        says = e.lang.true(Program(h.literals), read)
+        h.tests += [record(e, kind, text, *of) for (kind, text), *of in zip(texts, says, codes)]
+    for row in e.ask(e.where(h.literals), 3 if h.control else FOUND):
+        h.tests.append(record(e, "found", e.lab.real(row), True, e.latent.z[row]))
+
+def record(e, kind, text, says, code):
+    return dict(kind=kind, text=e.lab.show(text), says=bool(says), code=round(float(code), 4),
+                fires=bool(code >= e.fires))
+
+def explain(lab, latent, mind, rounds, seed):
+    """The loop: (Evidence, Program, transcript)."""
+    e, tested, transcript = Evidence(lab, latent, seed), [], []
+    e.ask(np.ones(len(latent.z), bool), BACKGROUND)
+    for i in range(rounds):
+        new = [SimpleNamespace(literals=l, control=False, tests=[])
+               for l in mind.hypotheses(e, tested, HYPOTHESES)]
+        if i == 0 and (silent := control(e)):
+            new.append(SimpleNamespace(literals=silent, control=True, tests=[]))
+        if not new:
+            break
+        for h in new:
+            rivals = [o.literals for o in [*tested, *new] if o is not h and not o.control][-4:]
+            test(e, h, mind.tests(e, h.literals, rivals))
+            h.verdict = mind.verdict(e, h)
+        tested += new
+        leading = conclusion(e, tested)
+        transcript.append(dict(leading=e.lang.say(Program(leading.literals)), hypotheses=[dict(
+            program=e.lang.say(Program(h.literals)), control=h.control, verdict=h.verdict,
+            score=e.score(h.literals), tests=h.tests) for h in new]))
+    best = Program(conclusion(e, tested).literals)
+    return e, e.lang.fit(best, *e.natural()), transcript
+
+def conclusion(e, tested):
+    """The hypothesis of the best score, a refuted one only if all are."""
+    real = [h for h in tested if not h.control]
+    return max([h for h in real if h.verdict != "refuted"] or real,
+               key=lambda h: e.score(h.literals))
+
+# --- scores --------------------------------------------------------------------------------------
+
+def passive(e, more=0):
+    """The program of the best r on the exemplars and so many random tokens of the pool more."""
+    rows = np.concatenate([e.own, e.rng.integers(len(e.latent.z), size=more)])
+    found = e.distinct(e.ranked(rows), [], 1) or [(Literal("class", "word"),)]
+    return e.lang.fit(Program(found[0]), e.lab.pool.read.take(rows), e.latent.z[rows],
+                      np.ones(len(rows)))
+
+def frequent(e):
+    """The token that is most often where the exemplars fire."""
+    strong = e.own[e.latent.z[e.own] >= e.fires]
+    tokens, count = np.unique(e.lab.pool.read.token[strong], return_counts=True)
+    literal = Literal("token", e.lang.set_of(tokens[[count.argmax()]]))
+    return e.lang.fit(Program((literal,)), e.lab.pool.read.take(e.own), e.latent.z[e.own],
+                      np.ones(len(e.own)))
+
+def pearson(p, z):
+    """0 where either is the same everywhere."""
+    p, z = p - p.mean(), z - z.mean()
+    return float(p @ z / max(np.sqrt((p @ p) * (z @ z)), 1e-30))
+
+def auc(p, y):
+    """P(p of a token with y > p of one without), ties half; NaN if there is but one kind."""
+    _, group = np.unique(p, return_inverse=True)
+    good, bad = (np.bincount(group, weight) for weight in (y, ~y))
+    pairs = good.sum() * bad.sum()
+    return float(good @ (bad.cumsum() - bad / 2) / pairs) if pairs else float("nan")
+
+def ten_exemplars(heldout, z, rng):
+    """Rows of SAGE's ten windows: 20 tokens before a context's peak to 11 behind it."""
+    order = np.argsort(-z, kind="stable")[:int((z > 0).sum())]
+    _, first = np.unique(heldout.context[order], return_index=True)
+    peaks, n, rows = order[np.sort(first)], len(first), []
+    cuts = min(10, n // 4), int(0.4 * n), int(0.7 * n), n     # few contexts: fewer than ten are out
+    for lo, hi, k in zip(cuts, cuts[1:], (4, 3, 3)):
+        for row in rng.permutation(peaks[lo:hi])[:k]:
+            far = heldout.place - heldout.place[row]
+            near = (heldout.context == heldout.context[row]) & (-20 <= far) & (far < 12)
+            rows.append(np.flatnonzero(near))
+    return np.concatenate(rows) if rows else np.zeros(0, int)
+
+def scores(lab, latent, e, program, seed):
+    """{figure: value} of a program as an explanation of a latent, on held-out tokens."""
+    rng = np.random.default_rng((seed, latent.number, 2))
+    p, z = lab.language.predict(program, lab.heldout.read), latent.heldout
+    rows = ten_exemplars(lab.heldout, z, rng)
+    texts = lab.write(program, 10, rng)
+    peaks = latent.run(texts)[1] if texts else np.zeros(0)
+    return dict(program=lab.language.say(program), json=to_json(program), r=pearson(p, z),
+                auc=auc(p, z > 0), r10=pearson(p[rows], z[rows]) if len(rows) else None,
+                written=float((peaks >= e.level).sum() / 10))
+
+# --- the command ---------------------------------------------------------------------------------
+
+class Run:
+    """The latents of one SAE in a laboratory."""
+    def __init__(self, lab, sae):
+        self.lab, self.sae = lab, sae
+        self.pool, self.heldout = (Codes(sae.encode, part.x) for part in (lab.pool, lab.heldout))
+        context = lab.pool.context[self.pool.row.cpu().numpy()]
+        pairs = np.unique(self.pool.latent.cpu().numpy() * (int(context.max()) + 1) + context)
+        n = np.bincount(pairs // (int(context.max()) + 1), minlength=self.pool.F)
+        live = np.flatnonzero(n >= EXEMPLARS)                 # latents, the rarest first
+        self.live = live[np.argsort(self.pool.count.cpu().numpy()[live], kind="stable")]
+
+    def chosen(self, n):
+        """n live latents over all firing rates."""
+        at = np.linspace(0, len(self.live) - 1, min(n, len(self.live)))
+        return [int(i) for i in dict.fromkeys(self.live[at.round().astype(int)])]
+
+    def latent(self, i):
+        """number, rate, codes z [N] on the pool and [M] held out, run(texts)."""
+        def column(codes):
+            z, own = np.zeros(codes.N), slice(int(codes.before[i]),
+                                              int(codes.before[i] + codes.count[i]))
+            z[codes.row[own].cpu().numpy()] = codes.value[own].cpu().numpy()
+            return z
+        return SimpleNamespace(number=i, z=column(self.pool), heldout=column(self.heldout),
+                               rate=float(self.pool.rate[i]),
+                               run=lambda texts: self.lab.run(self.sae, i, texts))
+
+    def explained(self, i, mind, rounds, seed):
+        """All about latent i: explanations with their scores, transcript."""
+        latent = self.latent(i)
+        e, active, transcript = explain(self.lab, latent, mind, rounds, seed)
+        others = self.live[self.live != i]
+        other = np.random.default_rng((seed, i, 3)).choice(others) if len(others) else i
+        ways = dict(active=active, passive=passive(e), reading=passive(e, len(e.asked)),
+                    frequent=frequent(e),
+                    chance=passive(Evidence(self.lab, self.latent(int(other)), seed)))
+        return dict(latent=i, rate=latent.rate, mean_of_ten=e.mean, read=len(e.asked),
+                    run=sum(len(read.token) for read, _ in e.made), rounds=transcript, ways={
+            name: scores(self.lab, latent, e, p, seed) for name, p in ways.items()})

@@ -1,0 +1,105 @@
+"""What has been read of a latent, and which programs it speaks for: the scores behind explain.py.
+
+Three kinds of evidence: the tokens of EXEMPLARS contexts, those of the largest peaks; tokens of the
+pool that were asked for, k at random of those where something holds, with return; made-up texts.
+
+The score of a program p for codes z is cor(p, z) on the pool but for a factor that all programs
+share: (mean of z where p holds - mean of z) sqrt(s / (1 - s)). The share s of tokens on which p
+holds is known, since no code is needed for it. The means are estimated from what was read: a token
+weighs one over the expected number of times that it was to be read, over all times something was
+asked (the balance heuristic of Veach and Guibas 1995); those of exemplars weigh 1, made-up texts
+nothing, since nobody knows how natural they are. To propose programs the mean where p holds is
+drawn to 0 as if by two more tokens; so what was seen little of is still proposed, and then read.
+"""
+import numpy as np
+
+from evaluation.programs import Program, join
+
+EXEMPLARS = 10
+ALIKE = 0.8                             # shared part of the tokens of two programs that are one
+
+class Evidence:
+    """Of a latent with codes z [N] on the pool: the tokens of exemplars, tokens that were asked
+    for, and made-up texts. It looks at no other code."""
+    def __init__(self, lab, latent, seed):
+        self.lab, self.latent, self.lang = lab, latent, lab.language
+        self.rng = np.random.default_rng((seed, latent.number))
+        context, z = lab.pool.context, latent.z
+        first = np.argsort(-z, kind="stable")[:int((z > 0).sum())]
+        _, at = np.unique(context[first], return_index=True)
+        self.peaks = first[np.sort(at)[:EXEMPLARS]]           # rows, the largest code first
+        self.mean = float(z[self.peaks].mean())
+        self.level, self.fires = self.mean / 2, self.mean / 4
+        self.exemplar = np.isin(context, context[self.peaks])                # bool (N,)
+        self.own = np.flatnonzero(self.exemplar)
+        self.asked, self.expected = np.zeros(0, int), np.zeros(len(z))
+        self.made, self.memory = [], {}                       # (read, code) of texts; truth on pool
+
+    def where(self, literals):
+        """Where a program holds in the pool, bool [N]."""
+        for l in literals:
+            if l not in self.memory:
+                self.memory[l] = self.lang.holds(l, self.lab.pool.read)
+        return np.logical_and.reduce([self.memory[l] for l in literals])
+
+    def ask(self, mask, k):
+        """Read k random tokens of the pool among those of a mask, without the exemplars: rows."""
+        rows = np.flatnonzero(mask & ~self.exemplar)
+        if not len(rows):
+            return rows
+        new = self.rng.choice(rows, k)
+        self.asked = np.concatenate([self.asked, new])
+        self.expected[rows] += k / len(rows)
+        return new
+
+    def natural(self):
+        """(read, codes, weights) of the real tokens that have been read."""
+        rows = np.concatenate([self.own, self.asked])
+        weight = np.ones(len(rows))
+        weight[len(self.own):] = 1 / self.expected[self.asked]
+        return self.lab.pool.read.take(rows), self.latent.z[rows], weight
+
+    def ranked(self, rows=None):
+        """[(score, literals)] of all programs of what was read, the best first: by the score; or,
+        of rows of the pool, by r on these. Of two literals only what is better by 2 % than one."""
+        natural = rows is None
+        if natural:
+            read, z, weight = self.natural()
+        else:
+            read, z, weight = self.lab.pool.read.take(rows), self.latent.z[rows], np.ones(len(rows))
+        more = self.made if natural else []
+        lits = self.lang.literals(join([read, *(r for r, _ in more)]),
+                                  np.concatenate([z, *(c for _, c in more)]), self.level)
+        A = np.array([self.lang.holds(l, read) for l in lits], np.float64)   # (m, n)
+        count, hit = A @ A.T, (A * weight) @ A.T                             # (m, m): of each pair
+        mean = (A * weight * z) @ A.T / np.maximum(hit, 1e-9)
+        share = count / len(z)
+        if natural:
+            P = np.array([self.where([l]) for l in lits], np.float32)
+            mean, share = mean * count / (count + 2), (P @ P.T).astype(float) / P.shape[1]
+        share = np.clip(share, 1e-9, 1 - 1e-9)
+        score = (mean - np.average(z, weights=weight)) * np.sqrt(share / (1 - share)) * (count > 0)
+        score = np.triu(score * np.where(np.eye(len(lits)) > 0, 1, 0.98))
+        pairs = [divmod(o, len(lits)) for o in np.argsort(-score.ravel(), kind="stable")[:500]]
+        return [(score[i, j], tuple(dict.fromkeys((lits[i], lits[j])))) for i, j in pairs
+                if score[i, j] > 0]
+
+    def score(self, literals):
+        """The estimate of cor(program, code) on the pool, but for a factor that all share."""
+        read, z, weight = self.natural()
+        on, share = self.lang.true(Program(literals), read), self.where(literals).mean()
+        if not on.any() or share == 1:
+            return 0.0
+        mean = np.average(z[on], weights=weight[on]) - np.average(z, weights=weight)
+        return float(mean * np.sqrt(share / (1 - share)))
+
+    def distinct(self, ranked, against, n):
+        """The first n programs that differ on the pool from each other and from those before."""
+        out, masks = [], [self.where(a) for a in against]
+        for _, literals in ranked:
+            if len(out) == n:
+                break
+            mine = self.where(literals)
+            if mine.any() and all((mine & m).sum() < ALIKE * (mine | m).sum() for m in masks):
+                out.append(literals), masks.append(mine)
+        return out

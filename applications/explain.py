@@ -28,7 +28,7 @@ Beside it  passive: the program of the best r on the exemplars, no experiments; 
            exemplars' firing tokens; chance: the passive program of another latent.
 Writes RUN/explanations.json, with every test. Bad input costs one line and the exit code 2.
 """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ import runs
 from evaluation import llm, page, probes
 from evaluation.concepts import Codes
 from evaluation.evidence import EXEMPLARS, Evidence
-from evaluation.experiments import Lab
+from evaluation.experiments import open_lab
 from evaluation.intervals import bootstrap, sign_flip
 from evaluation.programs import Literal, Program, to_json
 from evaluation.saved import open_language_run
@@ -82,6 +82,8 @@ def parse_args(argv=None):
 
 class Search:
     """Hypotheses, tests and verdicts without a language model; llm.Mind has the same methods."""
+    notes = []                                                # of what went wrong
+
     def hypotheses(self, e, tested, n):
         """Programs (literals) to test next. tested: [hypothesis, ...] so far."""
         before = [h.literals for h in tested]
@@ -109,7 +111,8 @@ class Search:
         right = sum(g for g, t in zip(good, h.tests) if t["says"])
         if sum(good) < len(good) / 2:
             return "refuted"
-        return "confirmed" if sum(good) >= 0.75 * len(good) and right >= 2 else "refined"
+        sure = sum(good) >= 0.75 * len(good) and (right >= 2 or h.control)
+        return "confirmed" if sure else "refined"
 
 def control(e):
     """A literal that hardly holds where the latent fires in the exemplars: the most usual of what
@@ -122,14 +125,14 @@ def control(e):
     return max(found, key=lambda l: min(0.02, e.where(l).mean()), default=None)
 
 def test(e, h, texts):
-    """Run the texts, ask for real tokens, write down what comes out."""
+    """Run the texts, ask for real tokens, write down what comes out; a control says no to all."""
     if texts:
         read, codes = e.lab.last([text for _, text in texts]), e.latent.run([t for _, t in texts])[0]
         e.made.append((read, codes))
-        says = e.lang.true(Program(h.literals), read)
+        says = e.lang.true(Program(h.literals), read) & (not h.control)
         h.tests += [record(e, kind, text, *of) for (kind, text), *of in zip(texts, says, codes)]
-    for row in e.ask(e.where(h.literals), 3 if h.control else FOUND):
-        h.tests.append(record(e, "found", e.lab.real(row), True, e.latent.z[row]))
+    for row in e.ask(e.where(h.literals), FOUND // (4 if h.control else 1)):
+        h.tests.append(record(e, "found", e.lab.real(row), not h.control, e.latent.z[row]))
 
 def record(e, kind, text, says, code):
     return dict(kind=kind, text=e.lab.show(text), says=bool(says), code=round(float(code), 4),
@@ -148,7 +151,8 @@ def explain(lab, latent, mind, rounds, seed):
             break
         for h in new:
             rivals = [o.literals for o in [*tested, *new] if o is not h and not o.control][-4:]
-            test(e, h, mind.tests(e, h.literals, rivals))
+            test(e, h, [("new text", t) for t in lab.write(Program(h.literals), 3, e.rng)]
+                 if h.control else mind.tests(e, h.literals, rivals))
             h.verdict = mind.verdict(e, h)
         tested += new
         leading = conclusion(e, tested)
@@ -252,9 +256,71 @@ class Run:
         e, active, transcript = explain(self.lab, latent, mind, rounds, seed)
         others = self.live[self.live != i]
         other = np.random.default_rng((seed, i, 3)).choice(others) if len(others) else i
-        ways = dict(active=active, passive=passive(e), reading=passive(e, len(e.asked)),
+        made = sum(len(read.token) for read, _ in e.made)
+        ways = dict(active=active, passive=passive(e), reading=passive(e, len(e.asked) + made),
                     frequent=frequent(e),
                     chance=passive(Evidence(self.lab, self.latent(int(other)), seed)))
-        return dict(latent=i, rate=latent.rate, mean_of_ten=e.mean, read=len(e.asked),
-                    run=sum(len(read.token) for read, _ in e.made), rounds=transcript, ways={
-            name: scores(self.lab, latent, e, p, seed) for name, p in ways.items()})
+        notes, mind.notes = mind.notes, []
+        return dict(latent=i, rate=latent.rate, mean_of_ten=e.mean, read=len(e.asked), run=made,
+                    rounds=transcript, notes=notes, ways={
+                        name: scores(self.lab, latent, e, p, seed) for name, p in ways.items()})
+
+def tables(found):
+    """What is printed and shown: the explanations, and the means over latents."""
+    of = lambda way, figure: np.array([f["ways"][way][figure] for f in found], float)
+    latents = [[str(f["latent"]), f"{f['rate']:.2%}", *(f"{w[k]:.3f}" if w[k] is not None else None
+               for w in [f["ways"]["active"]] for k in FIGURES), f["ways"]["active"]["program"]]
+               for f in found]
+    means = []
+    for way in WAYS:
+        more = of("active", "r") - of(way, "r")
+        low, high = bootstrap(of(way, "r"))
+        means.append([way, f"{of(way, 'r').mean():.3f} [{low:.3f}, {high:.3f}]",
+                      *(f"{np.nanmean(of(way, k)):.3f}" if (of(way, k) == of(way, k)).any()
+                        else None for k in FIGURES[1:]),
+                      *([f"{more.mean():+.3f}", f"{sign_flip(more):.4f}"] * (way != "active")
+                        or ["", ""])])
+    return [("Explanations", "of the active form, on held-out tokens",
+             ["latent", "fires", *FIGURES, "explanation"], latents),
+            ("Means over latents", "r with its interval over latents (bootstrap, 95 %); active less "
+             "the others in r, p by sign flips over latents",
+             ["way", *FIGURES, "active less this", "p"], means)]
+
+def main(argv=None):
+    args, mind = parse_args(argv), Search()
+    sae, *opened = open_language_run(args.run, args)
+    if wrong := [i for i in args.latents or [] if not 0 <= i < sae.d_sae]:
+        runs.fail(f"--latents {wrong[0]}: {args.run} has latents 0 to {sae.d_sae - 1}")
+    client = args.llm and llm.Client(args.llm, args.llm_model, args.llm_key, args.llm_timeout,
+                                     args.llm_calls)
+    lab = open_lab(*opened)
+    run = Run(lab, sae)
+    if not len(run.live):
+        runs.fail(f"{args.run}: none of its latents fires in {EXEMPLARS} contexts here; give a run "
+                  "on this data, or more --cache-tokens")
+    if dead := [i for i in args.latents or [] if i not in run.live]:
+        runs.fail(f"--latents {dead[0]}: is dead, or fires in fewer than {EXEMPLARS} of the "
+                  "contexts read; choose one that fires more often, or use more --cache-tokens")
+    if client:
+        mind = llm.Mind(client, lab.encode, mind)
+    found, flags = [], {k: v for k, v in runs.flags(args).items() if k != "torch_device"}
+    for i in runs.Bar(list(dict.fromkeys(args.latents or run.chosen(args.count))), desc="explain",
+                      unit="latent"):
+        found.append(run.explained(i, mind, args.rounds, args.seed))
+        result = dict(latents=found, data=opened[0].meta, flags=flags)
+        with runs.replacing(args.run / "explanations.json", "run directory") as tmp:
+            tmp.write_text(json.dumps(probes.without_nan(result), indent=1, allow_nan=False))
+    shown = tables(found)
+    for table in shown:
+        print_table(*table)
+    if args.html:
+        text = page.document("Explanations", "".join([
+            f'<p class="note">{page.cell(args.run)}</p>', *(page.table_html(*t) for t in shown),
+            page.explained_html(found)]))
+        with runs.replacing(args.html, "--html") as tmp:
+            tmp.write_text(text, encoding="utf-8")
+        print(f"\npage: {args.html}")
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main()

@@ -13,6 +13,7 @@ last token. Made-up texts have at most WINDOW tokens; as in a harvest nothing is
 and of tokens whose norm is above the cut: there the code counts as 0. All draws are those of a
 generator that is given.
 """
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,27 +81,21 @@ def tokens(language, x, ids, where):
     return SimpleNamespace(x=x, ids=ids, context=context, place=place, read=read)
 
 class Lab:
-    """Language, pool and held-out tokens of one harvest, whatever the run."""
-    def __init__(self, source, model, tokenizer, block, seed=0):
-        if Contexts(tokenizer, 2).letters:
-            runs.fail("--model: a protein model, of whose text these programs say nothing; give a "
-                      "run on a model of text")
-        n = model.get_output_embeddings().out_features
-        self.language = Language(concepts.token_texts(tokenizer, n))
-        self.model, self.block, self.cut = model, block, source.meta["norm_cut"]
-        self.pool, self.heldout = (tokens(self.language, *part) for part in concepts.harvested(
-            source, POOL, HELD_OUT))
-        self.frequency = np.bincount(self.pool.read.token, minlength=n) / len(self.pool.x)
-        encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-        self.begin = Contexts(tokenizer, 2).bos
+    """A language, pool and held-out tokens as tokens() gives them, and what makes texts of them;
+    encode(text) -> ids, begin: ids that contexts begin with. run(sae, latent, texts) -> (code at
+    the end, largest code) of each text, float arrays."""
+    def __init__(self, language, pool, heldout, encode, begin=(), run=None, seed=0):
+        self.language, self.pool, self.heldout, self.run = language, pool, heldout, run
+        self.begin, self.encode, V = list(begin), encode, len(language.texts)
+        self.frequency = np.bincount(pool.read.token, minlength=V) / len(pool.read.token)
         rng = np.random.default_rng((seed, 1))
         self.library = [encode(grammar(rng)) for _ in range(LIBRARY)]
-        self.library_read = self.language.read(self.library, [""] * LIBRARY)
+        self.library_read = language.read(self.library, [""] * LIBRARY)
         lengths = np.array(list(map(len, self.library)))
         self.library_text = np.repeat(np.arange(LIBRARY), lengths)
         self.library_at = np.concatenate(list(map(np.arange, lengths)))
-        self.moves = {name: encode(text) for name, text in MOVES.items()}
-        self.newline = self.language.tables["newline"]
+        self.moves = {name: list(encode(text)) for name, text in MOVES.items()}
+        self.newline = language.tables["newline"]
 
     def real(self, row):
         """The text that ends with this token of the pool."""
@@ -108,6 +103,15 @@ class Lab:
         begin = max(0, end - WINDOW)
         inside = self.language.read([ids[:begin + 1]]).inside[-1] if begin else 0
         return tuple(int(i) for i in ids[begin:end]), '"""' if inside & 2 else ""
+
+    def marked(self, row, z):
+        """The text around a token of the pool, with the codes z [N] that are not 0 in [[ ]]."""
+        pool, at = self.pool, self.pool.place[row]
+        mine = np.flatnonzero(pool.context == pool.context[row])
+        code = {p: f"[[{v:.2g}]]" for p, v in zip(pool.place[mine], z[mine]) if v > 0}
+        ids = pool.ids[pool.context[row]]
+        return "".join(self.language.texts[ids[p]] + code.get(p, "")
+                       for p in range(max(0, at - 24), min(len(ids), at + 7)))
 
     def some_token(self, rng, table=None):
         """A token as often as the pool has it, among those of a table [V + 1] if there is one."""
@@ -171,24 +175,39 @@ class Lab:
         ends = np.cumsum([len(ids) for ids, _ in texts]) - 1
         return self.language.read([ids for ids, _ in texts], [b for _, b in texts]).take(ends)
 
-    @torch.inference_mode()
-    def run(self, sae, latent, texts):
-        """(code at the end, largest code) of each text, float arrays."""
-        end, peak = np.zeros((2, len(texts)))
-        for i in range(0, len(texts), 64):
-            part = [ids for ids, _ in texts[i:i + 64]]
-            T = max(2, *map(len, part))
-            ids = np.array([[*row, *[row[-1]] * (T - len(row))] for row in part])
-            x = lm.residual_stream(self.model, self.block, ids)                  # (n, T, D)
-            keep = ~(x.norm(dim=-1) > self.cut)
-            keep[:, 0] = False
-            keep &= torch.tensor([[t < len(row) for t in range(T)] for row in part],
-                                 device=keep.device)
-            z = torch.zeros(keep.shape, device=x.device)
-            z[keep] = sae.encode(x[keep])[:, latent]
-            end[i:i + 64] = z[torch.arange(len(part)), [len(row) - 1 for row in part]].cpu()
-            peak[i:i + 64] = z.amax(1).cpu()
-        return end, peak
-
     def show(self, text):
         return "".join(self.language.texts[i] for i in text[0])
+
+# --- of a language model --------------------------------------------------------------------------
+
+def open_lab(source, model, tokenizer, block):
+    """The laboratory of a harvest, whatever the run on it."""
+    form = Contexts(tokenizer, 2)
+    if form.letters:
+        runs.fail("--model: a protein model, of whose text these programs say nothing; give a run "
+                  "on a model of text")
+    texts = concepts.token_texts(tokenizer, model.get_output_embeddings().out_features)
+    language = Language(texts)
+    pool, heldout = (tokens(language, *part) for part in concepts.harvested(source, POOL, HELD_OUT))
+    return Lab(language, pool, heldout,
+               lambda text: tokenizer(text, add_special_tokens=False).input_ids, form.bos,
+               partial(run, model, block, source.meta["norm_cut"]))
+
+@torch.inference_mode()
+def run(model, block, cut, sae, latent, texts):
+    """(code at the end, largest code) of each text, float arrays."""
+    end, peak = np.zeros((2, len(texts)))
+    for i in range(0, len(texts), 64):
+        part = [ids for ids, _ in texts[i:i + 64]]
+        T = max(map(len, part))
+        ids = np.array([[*row, *[row[-1]] * (T - len(row))] for row in part])
+        x = lm.residual_stream(model, block, ids)                            # (n, T, D)
+        keep = ~(x.norm(dim=-1) > cut)
+        keep[:, 0] = False
+        keep &= torch.tensor([[t < len(row) for t in range(T)] for row in part], device=x.device)
+        z = torch.zeros(keep.shape, device=x.device)
+        if keep.any():
+            z[keep] = sae.encode(x[keep])[:, latent]
+        end[i:i + 64] = z[torch.arange(len(part)), [len(row) - 1 for row in part]].cpu()
+        peak[i:i + 64] = z.amax(1).cpu()
+    return end, peak

@@ -1,7 +1,7 @@
 """One HTML page of what evaluate.py measured. It needs no network and no server: open it from disk.
 
 `document(title, body)` is the head and foot of this page and of those of applications/, with style
-and script; dose_svg, figures_html and written_html are for these. `render(groups)` writes, for each
+and script; dose_svg, figures_html, written_html and explained_html are for these. `render(groups)` writes, for each
 data set on which runs were evaluated, one dict of `groups`:
     data      what the data is: the section's heading
     tables    (title, note, header, rows of cells) each; a click on a column's name sorts by it
@@ -409,6 +409,36 @@ def written_html(title, note, prompts):
                  + "".join(f"<dt>{cell(name)}</dt><dd><code>{text}</code></dd>\n"
                            for name, text in texts.items()) + "</dl>\n")
     return f'<h3>{cell(title)}</h3><p class="note">{cell(note)}</p>\n{body}'
+
+def explained_html(found):
+    """What explain.py found of latents: explanations with their figures, and every test; foldable.
+    found: as in explanations.json."""
+    body = ""
+    for f in found:
+        ways = "".join(f"<dt>{cell(name)}</dt><dd>r {number(w['r'], '.3f')}, AUC "
+                       f"{number(w['auc'], '.3f')}, written {number(w['written'], '.1f')}: <code>"
+                       f"{visible(w['program'])}</code></dd>\n" for name, w in f["ways"].items())
+        rounds = "".join(f"<h4>Round {i}</h4>" + "".join(map(hypothesis_html, r["hypotheses"]))
+                         + f"<p>Leading: <code>{visible(r['leading'])}</code></p>\n"
+                         for i, r in enumerate(f["rounds"], 1))
+        notes = "".join(f"<li>{cell(note)}</li>" for note in f.get("notes") or [])
+        body += (f'<details data-n="{f["latent"]}"><summary><span>latent {f["latent"]}</span> '
+                 f'<span>fires {number(100 * f["rate"], ".3g")} %</span> <span>r '
+                 f'{number(f["ways"]["active"]["r"], ".3f")}</span> <code>'
+                 f'{visible(f["ways"]["active"]["program"])}</code></summary><dl>{ways}</dl>'
+                 f"{rounds}{f'<h4>Notes</h4><ul>{notes}</ul>' if notes else ''}</details>\n")
+    return ('<h3>Tests</h3><p class="note">Of each latent its explanations, then every test: the '
+            "latent's code at the text's last token, ✓ if it fires or is silent as the hypothesis "
+            f"says, where the text comes from, the text.</p>\n<div>{body}</div>")
+
+def hypothesis_html(h):
+    tests = "".join(
+        f'<li><span>{"✓" if t["says"] == t["fires"] else "✗"} {number(t["code"], ".3g")}</span>'
+        f'<div>{cell(t["kind"])}; should {"fire" if t["says"] else "be silent"}: '
+        f'<code>{visible(t["text"])}</code></div></li>' for t in h["tests"])
+    return (f'<details><summary><span>{cell(h["verdict"])}</span> '
+            f'{"a control: " if h["control"] else ""}<code>{visible(h["program"])}</code></summary>'
+            f"<ol>{tests}</ol></details>\n")
 
 def document(title, body):
     """A whole page as one string, around HTML in which every text is escaped; write it as UTF-8."""

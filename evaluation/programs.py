@@ -70,6 +70,7 @@ class Language:
         self.texts, self.tables, self.ids = texts, {}, {}
         for i, text in enumerate(texts):
             self.ids.setdefault(text, []).append(i)
+        self.first = np.array([*(self.ids[t][0] for t in texts), len(texts)])    # of equal texts
         for name, pattern in CLASSES.items():
             found = re.compile(pattern)
             self.tables[name] = np.array([*(bool(found.search(t)) for t in texts), False])
@@ -151,8 +152,7 @@ class Language:
         the negation of what hardly any has."""
         strong, found = z >= level, []
         for kind, column in SETS.items():
-            ids = np.array([self.ids[self.texts[i]][0] if i < len(self.texts) else i
-                            for i in getattr(read, column)])      # one number for each text
+            ids = self.first[getattr(read, column)]                          # (N,)
             here, count = np.unique(ids[strong & (ids < len(self.texts))], return_counts=True)
             here = here[np.argsort(-count, kind="stable")]
             mean = {i: z[ids == i].mean() for i in here}
@@ -166,8 +166,9 @@ class Language:
                 found.append(Literal(kind, tuple(sorted({t for t in alike if t in self.ids}
                                                         | {self.texts[i]}))))
         for literal in ATTRIBUTES:
-            share = self.holds(literal, read)[strong].mean() if strong.any() else 0
-            found += [literal] * (share >= 0.5) + [literal._replace(holds=False)] * (share <= 0.2)
+            share = self.holds(literal, read)[strong].mean() if strong.any() else 0.3
+            if share >= 0.5 or share <= 0.2:
+                found.append(literal._replace(holds=bool(share >= 0.5)))
         return list(dict.fromkeys(found))
 
     def set_of(self, ids):

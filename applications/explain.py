@@ -42,7 +42,8 @@ from evaluation.concepts import Codes
 from evaluation.evidence import EXEMPLARS, Evidence
 from evaluation.experiments import open_lab
 from evaluation.intervals import bootstrap, sign_flip
-from evaluation.programs import Literal, Program, to_json
+from evaluation.predicting import frequent, passive, scores
+from evaluation.programs import Program
 from evaluation.saved import open_language_run
 from evaluation.tables import print_table
 
@@ -127,7 +128,8 @@ def control(e):
 def test(e, h, texts):
     """Run the texts, ask for real tokens, write down what comes out; a control says no to all."""
     if texts:
-        read, codes = e.lab.last([text for _, text in texts]), e.latent.run([t for _, t in texts])[0]
+        read = e.lab.last([text for _, text in texts])
+        codes, _ = e.latent.run([text for _, text in texts])
         e.made.append((read, codes))
         says = e.lang.true(Program(h.literals), read) & (not h.control)
         h.tests += [record(e, kind, text, *of) for (kind, text), *of in zip(texts, says, codes)]
@@ -167,59 +169,6 @@ def conclusion(e, tested):
     real = [h for h in tested if not h.control]
     return max([h for h in real if h.verdict != "refuted"] or real,
                key=lambda h: e.score(h.literals))
-
-# --- scores --------------------------------------------------------------------------------------
-
-def passive(e, more=0):
-    """The program of the best r on the exemplars and so many random tokens of the pool more."""
-    rows = np.concatenate([e.own, e.rng.integers(len(e.latent.z), size=more)])
-    found = e.distinct(e.ranked(rows), [], 1) or [(Literal("class", "word"),)]
-    return e.lang.fit(Program(found[0]), e.lab.pool.read.take(rows), e.latent.z[rows],
-                      np.ones(len(rows)))
-
-def frequent(e):
-    """The token that is most often where the exemplars fire."""
-    strong = e.own[e.latent.z[e.own] >= e.fires]
-    tokens, count = np.unique(e.lab.pool.read.token[strong], return_counts=True)
-    literal = Literal("token", e.lang.set_of(tokens[[count.argmax()]]))
-    return e.lang.fit(Program((literal,)), e.lab.pool.read.take(e.own), e.latent.z[e.own],
-                      np.ones(len(e.own)))
-
-def pearson(p, z):
-    """0 where either is the same everywhere."""
-    p, z = p - p.mean(), z - z.mean()
-    return float(p @ z / max(np.sqrt((p @ p) * (z @ z)), 1e-30))
-
-def auc(p, y):
-    """P(p of a token with y > p of one without), ties half; NaN if there is but one kind."""
-    _, group = np.unique(p, return_inverse=True)
-    good, bad = (np.bincount(group, weight) for weight in (y, ~y))
-    pairs = good.sum() * bad.sum()
-    return float(good @ (bad.cumsum() - bad / 2) / pairs) if pairs else float("nan")
-
-def ten_exemplars(heldout, z, rng):
-    """Rows of SAGE's ten windows: 20 tokens before a context's peak to 11 behind it."""
-    order = np.argsort(-z, kind="stable")[:int((z > 0).sum())]
-    _, first = np.unique(heldout.context[order], return_index=True)
-    peaks, n, rows = order[np.sort(first)], len(first), []
-    cuts = min(10, n // 4), int(0.4 * n), int(0.7 * n), n     # few contexts: fewer than ten are out
-    for lo, hi, k in zip(cuts, cuts[1:], (4, 3, 3)):
-        for row in rng.permutation(peaks[lo:hi])[:k]:
-            far = heldout.place - heldout.place[row]
-            near = (heldout.context == heldout.context[row]) & (-20 <= far) & (far < 12)
-            rows.append(np.flatnonzero(near))
-    return np.concatenate(rows) if rows else np.zeros(0, int)
-
-def scores(lab, latent, e, program, seed):
-    """{figure: value} of a program as an explanation of a latent, on held-out tokens."""
-    rng = np.random.default_rng((seed, latent.number, 2))
-    p, z = lab.language.predict(program, lab.heldout.read), latent.heldout
-    rows = ten_exemplars(lab.heldout, z, rng)
-    texts = lab.write(program, 10, rng)
-    peaks = latent.run(texts)[1] if texts else np.zeros(0)
-    return dict(program=lab.language.say(program), json=to_json(program), r=pearson(p, z),
-                auc=auc(p, z > 0), r10=pearson(p[rows], z[rows]) if len(rows) else None,
-                written=float((peaks >= e.level).sum() / 10))
 
 # --- the command ---------------------------------------------------------------------------------
 
@@ -265,25 +214,29 @@ class Run:
                     rounds=transcript, notes=notes, ways={
                         name: scores(self.lab, latent, e, p, seed) for name, p in ways.items()})
 
+def nanmean(values):
+    """The mean of those that are known; NaN if none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
 def tables(found):
     """What is printed and shown: the explanations, and the means over latents."""
     of = lambda way, figure: np.array([f["ways"][way][figure] for f in found], float)
-    latents = [[str(f["latent"]), f"{f['rate']:.2%}", *(f"{w[k]:.3f}" if w[k] is not None else None
-               for w in [f["ways"]["active"]] for k in FIGURES), f["ways"]["active"]["program"]]
-               for f in found]
+    three = lambda value: "–" if value is None or value != value else f"{value:.3f}"
+    latents = [[str(f["latent"]), f"{f['rate']:.2%}", *(three(f["ways"]["active"][k])
+               for k in FIGURES), f["ways"]["active"]["program"]] for f in found]
     means = []
     for way in WAYS:
         more = of("active", "r") - of(way, "r")
         low, high = bootstrap(of(way, "r"))
         means.append([way, f"{of(way, 'r').mean():.3f} [{low:.3f}, {high:.3f}]",
-                      *(f"{np.nanmean(of(way, k)):.3f}" if (of(way, k) == of(way, k)).any()
-                        else None for k in FIGURES[1:]),
-                      *([f"{more.mean():+.3f}", f"{sign_flip(more):.4f}"] * (way != "active")
-                        or ["", ""])])
+                      *(three(nanmean(of(way, k))) for k in FIGURES[1:]),
+                      *([f"{more.mean():+.3f}", f"{sign_flip(more):.4f}"] if way != "active" else
+                        ["", ""])])
     return [("Explanations", "of the active form, on held-out tokens",
              ["latent", "fires", *FIGURES, "explanation"], latents),
-            ("Means over latents", "r with its interval over latents (bootstrap, 95 %); active less "
-             "the others in r, p by sign flips over latents",
+            ("Means over latents", "r with its interval over latents (bootstrap, 95 %); r of the "
+             "active form less that of the others, p by sign flips over latents",
              ["way", *FIGURES, "active less this", "p"], means)]
 
 def main(argv=None):

@@ -90,6 +90,7 @@ ENTRIES = [
     three("which-l0", 80, ["which-l0.md", "which-l0.png", "which-l0.json"], False),
     three("ground-truth", 230, ["ground-truth.md", "ground-truth.json"], False),
     three("steering", 200, ["steering.md", "steering.png", "steering.json"], False),
+    three("explaining", 200, ["explaining.md", "explaining.png", "explaining.json"], False),
     Entry("hedging", ["python benchmarks/hedging.py --runs benchmarks/results/hedging.jsonl "
                       "--out benchmarks/results/hedging.md"], ["hedging.md", "hedging.jsonl"], 60),
     Entry("saebench", ["python benchmarks/saebench_check.py --out benchmarks/results/saebench.md"], ["saebench.md"], 2, peers=True),

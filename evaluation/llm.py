@@ -86,7 +86,7 @@ class Client:
         if out.error is not None:
             raise self.failure(out.error)
         if out.body is None:
-            raise Failed(f"{self.host}: no answer in {self.timeout:g} seconds (--llm-timeout)", True)
+            raise Failed(f"{self.host}: no answer in {self.timeout:g} s (--llm-timeout)", True)
         return out.body
 
     def failure(self, err):

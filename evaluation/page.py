@@ -1,8 +1,8 @@
 """One HTML page of what evaluate.py measured. It needs no network and no server: open it from disk.
 
 `document(title, body)` is the head and foot of this page and of those of applications/, with style
-and script; dose_svg, figures_html, written_html and explained_html are for these. `render(groups)` writes, for each
-data set on which runs were evaluated, one dict of `groups`:
+and script; dose_svg, figures_html, written_html and explained_html are for these. `render(groups)`
+writes, for each data set on which runs were evaluated, one dict of `groups`:
     data      what the data is: the section's heading
     tables    (title, note, header, rows of cells) each; a click on a column's name sorts by it
     rows      a dict a run: run, variant; l0, fvu: the frontier; density: how often latents fire
@@ -426,10 +426,10 @@ def explained_html(found):
                  f'<span>fires {number(100 * f["rate"], ".3g")} %</span> <span>r '
                  f'{number(f["ways"]["active"]["r"], ".3f")}</span> <code>'
                  f'{visible(f["ways"]["active"]["program"])}</code></summary><dl>{ways}</dl>'
-                 f"{rounds}{f'<h4>Notes</h4><ul>{notes}</ul>' if notes else ''}</details>\n")
+                 f"{rounds}<h4>Notes</h4><ul>{notes or '<li>none</li>'}</ul></details>\n")
     return ('<h3>Tests</h3><p class="note">Of each latent its explanations, then every test: the '
-            "latent's code at the text's last token, ✓ if it fires or is silent as the hypothesis "
-            f"says, where the text comes from, the text.</p>\n<div>{body}</div>")
+            "latent's code at the last token of a text, ✓ if it fires or is silent as the "
+            "hypothesis says, where the text comes from, the text.</p>\n<div>" + body + "</div>")
 
 def hypothesis_html(h):
     tests = "".join(

@@ -8,7 +8,7 @@ An explanation is a program of evaluation/programs.py: 'token in {' self'} and i
 says of each token whether the latent fires there, and how strongly. The loop is that of SAGE (arXiv
 2511.20820; its code was read, not the text), with a search in the place of its language model:
 
-exemplars    the ten pool contexts of the largest peaks, all their tokens; BACKGROUND random tokens
+exemplars    the ten pool contexts of the largest peaks, 32 tokens of each; BACKGROUND random ones
 hypotheses   the best programs by the score below that differ on the pool, and a control: a program
              that should be silent
 experiments  for each: FOUND random real tokens where it holds; TESTS texts of experiments.py on
@@ -16,8 +16,9 @@ experiments  for each: FOUND random real tokens where it holds; TESTS texts of e
 verdict      fires: at least a quarter of the mean of the ten peaks. confirmed: 3 of 4 tests come
              out as the program says, of those where it says yes two or more; refuted: fewer than
              half do; else refined: what the next round proposes has seen its tests
-review       --rounds times, with what has been read so far; conclusion: of the hypotheses that
-             were tested and not refuted the one of the best score; then the strengths
+review       the REVIEWED best so far are tested on FOUND more real tokens; then the next round,
+             with all that has been read, --rounds in all; conclusion: of the hypotheses that were
+             tested and not refuted the one of the best score; then its strengths
 score        cor(program, code) on the pool, estimated from what was read (evaluation/evidence.py)
 
 Scores, on held-out tokens: r and AUC over all of them, silent ones included; r10: SAGE's r over ten
@@ -47,8 +48,8 @@ from evaluation.programs import Program
 from evaluation.saved import open_language_run
 from evaluation.tables import print_table
 
-BACKGROUND, FOUND, TESTS = 24, 12, 8
-HYPOTHESES = 3                          # of a round, beside the control in the first
+BACKGROUND, FOUND, TESTS = 200, 12, 8
+HYPOTHESES, REVIEWED = 3, 3             # of a round, beside the control in the first
 WAYS = "active", "passive", "reading", "frequent", "chance"
 FIGURES = "r", "auc", "r10", "written"
 
@@ -157,6 +158,10 @@ def explain(lab, latent, mind, rounds, seed):
                  if h.control else mind.tests(e, h.literals, rivals))
             h.verdict = mind.verdict(e, h)
         tested += new
+        for h in sorted((h for h in tested if not h.control), key=lambda h: -e.score(h.literals))[
+                :REVIEWED]:                                   # more tests of those that lead
+            test(e, h, [])
+            h.verdict = mind.verdict(e, h)
         leading = conclusion(e, tested)
         transcript.append(dict(leading=e.lang.say(Program(leading.literals)), hypotheses=[dict(
             program=e.lang.say(Program(h.literals)), control=h.control, verdict=h.verdict,

@@ -1,7 +1,8 @@
 """What has been read of a latent, and which programs it speaks for: the scores behind explain.py.
 
-Three kinds of evidence: the tokens of EXEMPLARS contexts, those of the largest peaks; tokens of the
-pool that were asked for, k at random of those where something holds, with return; made-up texts.
+Three kinds of evidence: the tokens around the peaks of EXEMPLARS contexts, those of the largest
+peaks; tokens of the pool that were asked for, k at random of those where something holds, with
+return; made-up texts.
 
 The score of a program p for codes z is cor(p, z) on the pool but for a factor that all programs
 share: (mean of z where p holds - mean of z) sqrt(s / (1 - s)). The share s of tokens on which p
@@ -15,8 +16,20 @@ import numpy as np
 
 from evaluation.programs import Program, join
 
-EXEMPLARS = 10
+EXEMPLARS, AROUND = 10, (20, 11)        # of these as many tokens before the peak, and behind it
 ALIKE = 0.8                             # shared part of the tokens of two programs that are one
+
+def around(part, row):
+    """The rows of a token's window, of tokens as experiments.tokens gives them."""
+    far = part.place - part.place[row]
+    return np.flatnonzero((part.context == part.context[row]) & (-AROUND[0] <= far)
+                          & (far <= AROUND[1]))
+
+def simple(literals):
+    """What a score is multiplied by, so that of two programs that say about as well the simpler
+    one is taken: 2 % for a second literal, 0.2 % for each text of a set."""
+    members = sum(len(l.value) for l in literals if isinstance(l.value, tuple))
+    return 0.98 ** (len(literals) - 1) * (1 - 0.002 * members)
 
 class Evidence:
     """Of a latent with codes z [N] on the pool: the tokens of exemplars, tokens that were asked
@@ -30,8 +43,8 @@ class Evidence:
         self.peaks = first[np.sort(at)[:EXEMPLARS]]           # rows, the largest code first
         self.mean = float(z[self.peaks].mean())
         self.level, self.fires = self.mean / 2, self.mean / 4
-        self.exemplar = np.isin(context, context[self.peaks])                # bool (N,)
-        self.own = np.flatnonzero(self.exemplar)
+        self.own = np.sort(np.concatenate([around(lab.pool, row) for row in self.peaks]))
+        self.exemplar = np.isin(np.arange(len(z)), self.own)                 # bool (N,)
         self.asked, self.expected = np.zeros(0, int), np.zeros(len(z))
         self.made, self.memory = [], {}                       # (read, code) of texts; truth on pool
 
@@ -61,7 +74,7 @@ class Evidence:
 
     def ranked(self, rows=None):
         """[(score, literals)] of all programs of what was read, the best first: by the score; or,
-        of rows of the pool, by r on these. Of two literals only what is better by 2 % than one."""
+        of rows of the pool, by r on these."""
         natural = rows is None
         if natural:
             read, z, weight = self.natural()
@@ -79,7 +92,8 @@ class Evidence:
             mean, share = mean * count / (count + 2), (P @ P.T).astype(float) / P.shape[1]
         share = np.clip(share, 1e-9, 1 - 1e-9)
         score = (mean - np.average(z, weights=weight)) * np.sqrt(share / (1 - share)) * (count > 0)
-        score = np.triu(score * np.where(np.eye(len(lits)) > 0, 1, 0.98))
+        one = np.array([simple([l]) for l in lits])
+        score = np.triu(score * np.where(np.eye(len(lits)) > 0, one, 0.98 * one[:, None] * one))
         pairs = [divmod(o, len(lits)) for o in np.argsort(-score.ravel(), kind="stable")[:500]]
         return [(score[i, j], tuple(dict.fromkeys((lits[i], lits[j])))) for i, j in pairs
                 if score[i, j] > 0]
@@ -91,7 +105,7 @@ class Evidence:
         if not on.any() or share == 1:
             return 0.0
         mean = np.average(z[on], weights=weight[on]) - np.average(z, weights=weight)
-        return float(mean * np.sqrt(share / (1 - share)))
+        return float(mean * np.sqrt(share / (1 - share)) * simple(literals))
 
     def distinct(self, ranked, against, n):
         """The first n programs that differ on the pool from each other and from those before."""

@@ -8,6 +8,7 @@ A latent has number, codes z [N] on the pool, heldout [M], and run(texts), as ex
 """
 import numpy as np
 
+from evaluation.evidence import around
 from evaluation.programs import Literal, Program, to_json
 
 def passive(e, more=0):
@@ -38,16 +39,14 @@ def auc(p, y):
     return float(good @ (bad.cumsum() - bad / 2) / pairs) if pairs else float("nan")
 
 def ten_exemplars(heldout, z, rng):
-    """Rows of SAGE's ten windows: 20 tokens before a context's peak to 11 behind it."""
+    """Rows of SAGE's ten windows around the peaks of contexts."""
     order = np.argsort(-z, kind="stable")[:int((z > 0).sum())]
     _, first = np.unique(heldout.context[order], return_index=True)
     peaks, n, rows = order[np.sort(first)], len(first), []
     cuts = min(10, n // 4), int(0.4 * n), int(0.7 * n), n     # few contexts: fewer than ten are out
     for lo, hi, k in zip(cuts, cuts[1:], (4, 3, 3)):
         for row in rng.permutation(peaks[lo:hi])[:k]:
-            far = heldout.place - heldout.place[row]
-            near = (heldout.context == heldout.context[row]) & (-20 <= far) & (far < 12)
-            rows.append(np.flatnonzero(near))
+            rows.append(around(heldout, row))
     return np.concatenate(rows) if rows else np.zeros(0, int)
 
 def scores(lab, latent, e, program, seed):

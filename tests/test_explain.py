@@ -53,7 +53,7 @@ class Toy:
         return SimpleNamespace(number=number, z=z[0], heldout=z[1], rate=(z[0] > 0).mean(), run=run)
 
 def planted(toy, n, seed=0):
-    """n programs that fire on 0.2 to 10 % of the tokens, in twenty contexts or more; half of them two literals, either of
+    """n programs that fire on 0.5 to 10 % of the tokens, in twenty contexts or more; half of them two literals, either of
     which alone would be wrong at least once in three times."""
     rng, lang, read, out = np.random.default_rng(seed), toy.language, toy.lab.pool.read, []
     def literal(row):
@@ -63,16 +63,18 @@ def planted(toy, n, seed=0):
             found = [l for l in programs.ATTRIBUTES if lang.holds(l, read.take([row]))[0]]
             return found[rng.integers(len(found))]
         column = getattr(read, programs.SETS[kind])
-        if column[row] == len(toy.texts):
-            return literal(row)
-        return Literal(kind, lang.set_of([column[row], *rng.choice(read.token, rng.integers(3))]))
+        return Literal(kind, lang.set_of([i for i in (column[row], *rng.choice(column, rng.integers(3))) if i < len(toy.texts)])) if (
+            column[row] < len(toy.texts)) else literal(row)
     while len(out) < n:
         row = rng.integers(len(read.token))
         program = Program(tuple(literal(row) for _ in range(1 + len(out) % 2)))
         on = lang.true(program, read)
         parts = [lang.holds(l, read) for l in program.literals]
         wide = len(parts) == 1 or all(on.sum() < 0.67 * p.sum() for p in parts)
-        if 0.002 < on.mean() < 0.1 and len(np.unique(toy.lab.pool.context[on])) >= 20 and wide:
+        for l in program.literals:                            # no member of a set that one would hardly meet
+            wide &= not isinstance(l.value, tuple) or all(
+                (on & lang.holds(l._replace(value=(t,)), read)).sum() >= 0.15 * on.sum() for t in l.value)
+        if 0.005 < on.mean() < 0.1 and len(np.unique(toy.lab.pool.context[on])) >= 20 and wide:
             out.append(program)
     return out
 

@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add("--llm-model", metavar="NAME", help="its model")
     add("--llm-key", metavar="VARIABLE", default="OPENAI_API_KEY", help="the environment variable "
         "that holds the key; default OPENAI_API_KEY")
-    add("--llm-calls", type=runs.count, default=200, help="at most; default 200")
+    add("--llm-calls", type=runs.count, default=500, help="at most; default 500")
     add("--llm-timeout", type=runs.at_least(0.1, float), default=60, help="seconds; default 60")
     add("--html", type=Path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
@@ -143,7 +143,7 @@ def record(e, kind, text, says, code):
 
 def explain(lab, latent, mind, rounds, seed):
     """The loop: (Evidence, Program, transcript)."""
-    e, tested, transcript = Evidence(lab, latent, seed), [], []
+    e, tested, passed = Evidence(lab, latent, seed), [], []
     e.ask(np.ones(len(latent.z), bool), BACKGROUND)
     for i in range(rounds):
         new = [SimpleNamespace(literals=l, control=False, tests=[])
@@ -162,11 +162,11 @@ def explain(lab, latent, mind, rounds, seed):
                 :REVIEWED]:                                   # more tests of those that lead
             test(e, h, [])
             h.verdict = mind.verdict(e, h)
-        leading = conclusion(e, tested)
-        transcript.append(dict(leading=e.lang.say(Program(leading.literals)), hypotheses=[dict(
-            program=e.lang.say(Program(h.literals)), control=h.control, verdict=h.verdict,
-            score=e.score(h.literals), tests=h.tests) for h in new]))
+        passed.append((conclusion(e, tested).literals, new))
     best = Program(conclusion(e, tested).literals)
+    transcript = [dict(leading=e.lang.say(Program(leading)), hypotheses=[dict(
+        program=e.lang.say(Program(h.literals)), control=h.control, verdict=h.verdict,
+        score=e.score(h.literals), tests=h.tests) for h in new]) for leading, new in passed]
     return e, e.lang.fit(best, *e.natural()), transcript
 
 def conclusion(e, tested):

@@ -16,7 +16,7 @@ import json, os, threading, time, urllib.error, urllib.parse, urllib.request
 from types import SimpleNamespace
 
 import runs
-from evaluation.programs import CLASSES, LEVELS, REGIONS, SETS, Program, say
+from evaluation.programs import CLASSES, LEVELS, REGIONS, SETS, say
 
 BIGGEST = 2 ** 20                       # bytes of an answer
 TRIES, WAIT = 3, 1.0                    # of a call; seconds before the second try, then doubled

@@ -188,7 +188,7 @@ class Language:
 
     def literal(self, row):
         kind, value = (row.get("kind"), row.get("value")) if isinstance(row, dict) else (None, None)
-        if kind in SETS:
+        if isinstance(kind, str) and kind in SETS:
             if isinstance(value, str):
                 value = [value]
             if not isinstance(value, list) or not all(isinstance(t, str) for t in value):
@@ -274,7 +274,7 @@ def regions(text, begin=""):
             bits[lo:hi] |= 1
         else:
             line = text[text.rfind("\n", 0, lo) + 1:lo]
-            doc = "\"\"\"" in piece[0][:5] or "'''" in piece[0][:5]
+            doc = piece[0].lstrip("rbfuRBFU").startswith(('"""', "'''"))
             bits[lo:hi] |= 2 if doc and not stack and not line.strip() else 4
         last = hi
     draw(len(text) + 1)

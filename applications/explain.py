@@ -90,7 +90,8 @@ class Search:
         """Programs (literals) to test next. tested: [hypothesis, ...] so far."""
         before = [h.literals for h in tested]
         first = e.distinct(e.ranked(e.own), before, n) if not before else []
-        return first or e.distinct(e.ranked(), before, n)
+        found = first or e.distinct(e.ranked(), before, n)
+        return found or ([] if before else [frequent(e).literals])
 
     def tests(self, e, literals, rivals):
         """[(kind, text)]: half of the texts where it says yes, the other half where it says no, as

@@ -14,6 +14,8 @@ import torch
 from applications import explain
 from evaluation import evidence, experiments, llm, page, predicting, programs
 from evaluation.programs import Literal, Program
+from othello import game
+from othello import programs as boards
 from test_evaluate import save
 from test_page import ODD, Tags, started                                     # noqa: F401 (a fixture)
 from test_steer import dictionary
@@ -116,6 +118,63 @@ def test_the_loop_finds_planted_programs_and_reading_fewer(toy):
     """60 latents that are programs of the toy language, of which half have two literals. Stated first: at least 90 % by
     the loop, and by the exemplars alone at least 5 % of all fewer."""
     active, passive = shares(toy, planted(toy, 60, seed=1))
+    print(f"active {active:.2f}, passive {passive:.2f}")
+    assert active >= 0.9 and passive <= active - 0.05
+
+# --- boards ---------------------------------------------------------------------------------------
+
+def planted_boards(lab, n, seed=0):
+    """n latents that are programs over boards, half of them of two literals, firing on 0.5 to 15 % of the positions, in twenty
+    games or more; how strongly depends on the move's number, so that the largest codes are of one time of the game."""
+    rng, lang, out = np.random.default_rng(seed), lab.language, []
+    while len(out) < n:
+        row = rng.integers(len(lab.pool.place))
+        here = [l for kind in boards.KINDS for name in boards.NAMES for l in [Literal(kind, name)]
+                if lang.holds(l, lab.pool.read.take([row]))[0]]
+        program = Program(tuple(here[i] for i in rng.choice(len(here), 1 + len(out) % 2, replace=False)))
+        on, parts = lang.true(program, lab.pool.read), [lang.holds(l, lab.pool.read) for l in program.literals]
+        wide = len(parts) == 1 or all(on.sum() < 0.67 * p.sum() for p in parts)
+        if 0.005 < on.mean() < 0.15 and len(np.unique(lab.pool.context[on])) >= 20 and wide:
+            out.append((program, 5 + 3 * rng.random(60)))
+    return out
+
+def board_latent(lab, number, program, strength):
+    code = lambda read, place: lab.language.true(program, read) * strength[place]
+    def run(texts):
+        end = code(lab.last(texts), np.array([len(text) - 1 for text in texts]))
+        return end, end
+    z, heldout = (code(part.read, part.place) for part in (lab.pool, lab.heldout))
+    return SimpleNamespace(number=number, z=z, heldout=heldout, rate=(z > 0).mean(), run=run)
+
+def board_shares(lab, all_of):
+    found = []
+    for i, (program, strength) in enumerate(all_of):
+        latent = board_latent(lab, i, program, strength)
+        e, active, _ = explain.explain(lab, latent, explain.Search(), 4, 0)
+        best = Program(e.distinct(e.ranked(e.own), [], 1)[0])
+        found.append([predicting.pearson(lab.language.true(p, lab.heldout.read).astype(float), (latent.heldout > 0).astype(float))
+                      >= 0.99 for p in (active, best)])
+    return np.mean(found, 0)
+
+def test_boards_by_hand():
+    """After one move: four discs of the side that moved, one of the side to move; edits are legal games."""
+    lab = boards.Lab(4)
+    move = int(np.flatnonzero(game.squares(game.legal(*(np.array([side]) for side in game.START))[0]))[0])
+    read = lab.last([(move,)])
+    name = game.name(move)
+    holds = lambda kind: [n for n in boards.NAMES if lab.language.holds(Literal(kind, n), read)[0]]
+    assert holds("played") == [name] and name in holds("yours") and len(holds("yours")) == 4 and len(holds("mine")) == 1
+    assert len(holds("empty")) == 59
+    program, rng = Program((Literal("yours", name),)), np.random.default_rng(0)
+    assert lab.language.true(program, lab.last(lab.write(program, 5, rng))).all()
+    for _, text in lab.edits(lab.real(30), rng, program):
+        game.replay(np.array([text]))                         # legal, or this fails
+
+@pytest.mark.claims
+def test_the_loop_finds_planted_board_programs_and_reading_fewer():
+    """40 latents that are programs over Othello boards. Stated first: as in the toy language."""
+    lab = boards.Lab()
+    active, passive = board_shares(lab, planted_boards(lab, 40))
     print(f"active {active:.2f}, passive {passive:.2f}")
     assert active >= 0.9 and passive <= active - 0.05
 

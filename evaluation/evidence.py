@@ -25,6 +25,11 @@ def around(part, row):
     return np.flatnonzero((part.context == part.context[row]) & (-AROUND[0] <= far)
                           & (far <= AROUND[1]))
 
+def alike(a, b):
+    """Do two masks share ALIKE of what either holds? Their sizes often say no, which is quick."""
+    n = sorted(map(np.count_nonzero, (a, b)))
+    return n[0] >= ALIKE * n[1] and np.count_nonzero(a & b) >= ALIKE * np.count_nonzero(a | b)
+
 def simple(literals):
     """What a score is multiplied by, so that of two programs that say about as well the simpler
     one is taken: 2 % for a second literal, 0.2 % for each text of a set."""
@@ -114,6 +119,6 @@ class Evidence:
             if len(out) == n:
                 break
             mine = self.where(literals)
-            if mine.any() and all((mine & m).sum() < ALIKE * (mine | m).sum() for m in masks):
+            if mine.any() and not any(alike(mine, mask) for mask in masks):
                 out.append(literals), masks.append(mine)
         return out

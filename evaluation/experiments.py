@@ -111,7 +111,7 @@ class Lab:
         code = {p: f"[[{v:.2g}]]" for p, v in zip(pool.place[mine], z[mine]) if v > 0}
         ids = pool.ids[pool.context[row]]
         return "".join(self.language.texts[ids[p]] + code.get(p, "")
-                       for p in range(max(0, at - 24), min(len(ids), at + 7)))
+                       for p in range(max(0, at - 20), min(len(ids), at + 12)))
 
     def some_token(self, rng, table=None):
         """A token as often as the pool has it, among those of a table [V + 1] if there is one."""

@@ -9,7 +9,7 @@ A literal is one of these, or its negation; a program is one literal, or two tha
     depth                        open brackets around it: 0, 1, 2+
 and its strength: what it predicts where it holds, one number or, of a set of tokens, one for each.
 
-Where a token stands is read off the text so far by a small scanner, since a context begins and ends
+Where a token stands is read off the text by a small scanner, since a context begins and ends
 anywhere, where tokenize and ast need a whole file. Delimiters are inside what they delimit; a token
 of several characters is where the last one that is not blank is. Whether a context begins inside
 triple quotes is guessed from the first ones in it: those that close. What has none is code.
@@ -60,10 +60,6 @@ class Read(NamedTuple):
 def join(reads):
     return type(reads[0])(*map(np.concatenate, zip(*reads)))
 
-def simple(program):
-    """The same without its strength: what it says, not how much."""
-    return frozenset(program.literals)
-
 class Language:
     """The programs over tokens whose texts are [V] strings."""
     def __init__(self, texts):
@@ -73,7 +69,7 @@ class Language:
         self.first = np.array([*(self.ids[t][0] for t in texts), len(texts)])    # of equal texts
         for name, pattern in CLASSES.items():
             found = re.compile(pattern)
-            self.tables[name] = np.array([*(bool(found.search(t)) for t in texts), False])
+            self.tables[name] = np.array([*(bool(found.search(t)) for t in texts), False])  # (V + 1,)
 
     def read(self, contexts, inside=None):
         """Of all tokens of contexts, lists of ids, one after another; inside: for each context, the
@@ -89,11 +85,9 @@ class Language:
 
     def members(self, value):
         """bool [V + 1]: which tokens have one of these texts."""
-        if value not in self.tables:
-            table = np.zeros(len(self.texts) + 1, bool)
-            table[[i for text in value for i in self.ids.get(text, [])]] = True
-            self.tables[value] = table
-        return self.tables[value]
+        table = np.zeros(len(self.texts) + 1, bool)
+        table[[i for text in value for i in self.ids.get(text, [])]] = True
+        return table
 
     def table(self, literal):
         """bool [V + 1]: the tokens of which a literal of the kind token or class holds."""

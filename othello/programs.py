@@ -29,8 +29,8 @@ class Read(NamedTuple):
 
 def read_games(ids):
     """The Read of all positions of games int [n, T] (-1 after the end), one after another."""
-    boards = game.replay(ids).reshape(-1, 3)
-    return Read(boards[:, 0], boards[:, 1], np.uint64(1) << (ids.reshape(-1) & 63).astype(np.uint64))
+    mine, yours, _ = game.replay(ids).reshape(-1, 3).T
+    return Read(mine, yours, np.uint64(1) << (ids.reshape(-1) & 63).astype(np.uint64))
 
 class Boards:
     """The language, with the methods of evaluation.programs.Language that the loop calls."""

@@ -34,7 +34,7 @@ from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
 METHODS = "topk", "batchtopk", "matryoshka", "ordered", "p-annealed", "gba"
-SEEDS, LATENTS, AT_ONCE = (0, 1, 2), 100, 10          # AT_ONCE: latents of a run before the next run has its turn
+SEEDS, LATENTS, AT_ONCE = (0, 1, 2), 100, 50          # AT_ONCE: latents of a run before the next run has its turn
 RUNS = {f"{name}-s{seed}": f"{compare.METHODS[name][0]}_sae.py {compare.DATA} {compare.METHODS[name][1][32]} --seed {seed} "
         "--log-every 500".split() for name in METHODS for seed in SEEDS}
 LEAST, ENOUGH = 0.02, 4                               # of the rule above

@@ -69,7 +69,7 @@ class Language:
         self.first = np.array([*(self.ids[t][0] for t in texts), len(texts)])    # of equal texts
         for name, pattern in CLASSES.items():
             found = re.compile(pattern)
-            self.tables[name] = np.array([*(bool(found.search(t)) for t in texts), False])  # (V + 1,)
+            self.tables[name] = np.array([*(bool(found.search(t)) for t in texts), False])
 
     def read(self, contexts, inside=None):
         """Of all tokens of contexts, lists of ids, one after another; inside: for each context, the

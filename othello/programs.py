@@ -4,7 +4,7 @@ Othello, so that applications/explain.py can be tried where the truth is known.
 A literal says of the board after a move that a square is mine or yours (of the side to move next),
 empty, or where that move was played; or it is the negation of that. A text is a game so far, a
 tuple of moves; what is asked of it is asked of its last position. Edits of a text are games with
-other last moves, new texts are random games: all of them are legal.
+other last moves, new texts are of a library of random games: all of them are legal.
 """
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -70,6 +70,8 @@ class Lab:
     """Games of random legal moves, half of them held out, with the methods of experiments.Lab."""
     def __init__(self, games=400, seed=0):
         ids = game.full_games(games, seed, 1).astype(int)
+        self.library = game.full_games(games, seed, 2).astype(int)
+        self.library_read = read_games(self.library)
         self.language, parts = Boards(), []
         for part in (ids[games // 2:], ids[:games // 2]):
             n, T = part.shape
@@ -84,26 +86,23 @@ class Lab:
 
     def edits(self, text, rng, program):
         """The same game with another last move, or other last two or four."""
-        out = [("as it is", text)]
+        out, boards = [("as it is", text)], game.replay(np.array([text]))[0]     # (T, 3)
         for back in (1, 1, 2, 2, 4):
-            moves = list(text[:-back])
-            while len(moves) < len(text):
-                legal = game.replay(np.array([moves]))[0, -1, 2] if moves else game.legal(
-                    *(np.array([side]) for side in game.START))[0]
-                squares = np.flatnonzero(game.squares(np.array(legal)))
-                if not len(squares):
-                    break
-                moves.append(int(rng.choice(squares)))
-            if len(moves) == len(text):
-                out.append((f"last {back} moves changed", tuple(moves)))
+            if back < len(text):
+                new, sides = list(text[:-back]), boards[-back - 1, :, None]
+                while len(new) < len(text) and sides[2]:
+                    new.append(int(rng.choice(np.flatnonzero(game.squares(sides[2])[0]))))
+                    bit = np.uint64(1) << np.array([new[-1]], np.uint64)
+                    sides = game.next_turn(*game.play(sides[0], sides[1], bit))
+                if len(new) == len(text):
+                    out.append((f"last {back} moves changed", tuple(new)))
         return out
 
     def write(self, program, n, rng):
-        """At most n positions of new games in which the program holds."""
-        ids = game.full_games(64, int(rng.integers(10 ** 9)), 2).astype(int)
-        rows = np.flatnonzero(self.language.true(program, read_games(ids)))
-        return [tuple(ids[row // 60, :row % 60 + 1].tolist())
-                for row in rng.permutation(rows)[:n]]
+        """At most n positions of other games in which the program holds."""
+        rows = rng.permutation(np.flatnonzero(self.language.true(program, self.library_read)))[:n]
+        return [tuple(self.library[row // game.MOVES, :row % game.MOVES + 1].tolist())
+                for row in rows]
 
     def last(self, texts):
         """The Read of the last positions of texts."""

@@ -208,7 +208,7 @@ def test_programs_hold_where_they_say(toy):
     """Against a slow reading, token by token; strengths; both forms of a program."""
     lang, ids = toy.language, toy.lab.pool.ids[-3:]
     read, texts = lang.read(ids), [[toy.texts[i] for i in row] for row in ids]
-    both = Program((Literal("token", (" =", "(")), Literal("before", (" value", " data"), False)))
+    both = Program((Literal("token", (" =", "(")), Literal("before", (" data", " value"), False)))
     slow = [t in (" =", "(") and not (i and row[i - 1] in (" value", " data")) for row in texts for i, t in enumerate(row)]
     assert lang.true(both, read).tolist() == slow
     two = Program((Literal("two before", (" def",)),))

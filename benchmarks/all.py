@@ -68,7 +68,7 @@ ENTRIES = [
     recovery("recovery-vanilla", "--variant vanilla --lrs 3e-3 1e-2 --l1s 0.4 0.8 1.6", 30),
     recovery("recovery-gated", "--variant gated", 35),
     Entry("order", ["python benchmarks/order.py --out benchmarks/results/order.md"], ["order.md"], 60, cores=2),
-    Entry("bias", ["python benchmarks/bias.py --out benchmarks/results/bias.md"], ["bias.md"], 150, cores=2),
+    Entry("bias", ["python benchmarks/bias.py --runs runs/all/bias/rows.jsonl --out benchmarks/results/bias.md"], ["bias.md"], 150, cores=2),
     Entry("launches", ["python benchmarks/launches.py --out benchmarks/results/launches.md"], ["launches.md"], 2),
     Entry("rare", ["python benchmarks/rare.py --out benchmarks/results/rare.md"], ["rare.md"], 25),
     Entry("memory", ["python benchmarks/memory.py --out benchmarks/results/memory.md"], ["memory.md"], 20),

@@ -109,7 +109,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[40, 41, 42], help="default 40 41 42")
     parser.add_argument("--steps", type=int, default=4000, help="of 512 samples; default 4000")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
-    parser.add_argument("--runs", type=Path, help="finished rows, a line each; they are kept")
+    parser.add_argument("--runs", type=Path, help="finished rows, a line each: those of these steps and seeds are kept")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     args = parser.parse_args()
     head = (f"{machine()}; float32, {args.steps} steps of 512 (where --tokens does not say otherwise), seeds "
@@ -117,7 +117,8 @@ def main():
     rows = {}
     if args.runs:
         args.runs.parent.mkdir(parents=True, exist_ok=True)
-        rows = {(toy, method): line for toy, method, line in map(json.loads, args.runs.open())} if args.runs.exists() else {}
+        lines = [json.loads(line) for line in args.runs.open()] if args.runs.exists() else []
+        rows = {(toy, method): line for *how, toy, method, line in lines if how == [args.steps, args.seeds]}
     left = [(toy, method) for toy in args.toys for method in METHODS[toy] if (toy, method) not in rows]
     with ProcessPoolExecutor(args.jobs) as pool:
         results = pool.map(train, [(f"{toy}:{args.seeds[0]}", method.split(), seed, args.steps)
@@ -128,7 +129,7 @@ def main():
                 print(toy, rows[toy, method], flush=True)
                 if args.runs:
                     with args.runs.open("a") as out:
-                        out.write(json.dumps([toy, method, rows[toy, method]]) + "\n")
+                        out.write(json.dumps([args.steps, args.seeds, toy, method, rows[toy, method]]) + "\n")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)           # else it trains all the others first
             raise

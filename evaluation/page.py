@@ -1,6 +1,8 @@
 """One HTML page of what evaluate.py measured. It needs no network and no server: open it from disk.
 
-`render(groups)` writes, for each data set on which runs were evaluated, one dict of `groups`:
+`document(title, body)` is the head and foot of this page and of those of applications/, with style
+and script; dose_svg, figures_html and written_html are for these. `render(groups)` writes, for each
+data set on which runs were evaluated, one dict of `groups`:
     data      what the data is: the section's heading
     tables    (title, note, header, rows of cells) each; a click on a column's name sorts by it
     rows      a dict a run: run, variant; l0, fvu: the frontier; density: how often latents fire
@@ -294,6 +296,29 @@ def density_svg(rows):
                 [(x(t), "10" + f"{t:.0f}".translate(UP)) for t in tens],
                 [(y(t), f"{t:.6g}") for t in ticks(0, top)], parts)
 
+def dose_svg(label, xname, yname, lines):
+    """{name: [(x, y, low, high), ...]} as lines with intervals, for at most six names; points whose
+    numbers are not known are left out."""
+    lines = {name: [p for p in points if all(map(known, p))] for name, points in lines.items()}
+    points = [p for found in lines.values() for p in found]
+    if not points:
+        return "<p>Nothing here has been measured.</p>"
+    (left, right), (bottom, top) = padded([p[0] for p in points]), padded(
+        [v for p in points for v in p[1:]])
+    x, y, parts = scale(left, right, LEFT, RIGHT), scale(bottom, top, BOTTOM, TOP), []
+    for i, (name, found) in enumerate(lines.items()):
+        mark = f'd="{SHAPES[i % len(SHAPES)]}" fill="currentColor" stroke="var(--bg,#fff)"'
+        spots = " ".join(f"{x(p[0])},{y(p[1])}" for p in found)
+        marks = [f'<path d="M{x(a)} {y(low)}V{y(high)}" stroke="currentColor"/><path class="mark" '
+                 f'transform="translate({x(a)} {y(b)})" {mark}><title>{visible(name)}: {a:.3g}, '
+                 f"{b:.4g} ({low:.4g} to {high:.4g})</title></path>" for a, b, low, high in found]
+        colour = f"color:var(--c{i % len(COLOURS)},{COLOURS[i % len(COLOURS)]})"
+        parts.append((colour, f'<polyline points="{spots}" fill="none" stroke="currentColor"/>'
+                      + "".join(marks), f'<path transform="translate(16 0)" {mark}/>', name))
+    across, up = ticks(left, right), ticks(bottom, top)
+    return plot(visible(label), xname, yname, [(x(t), f"{t:.6g}") for t in across],
+                [(y(t), f"{t:.6g}") for t in up], parts)
+
 # --- the page -------------------------------------------------------------------------------------
 
 def table_html(title, note, header, rows):
@@ -368,8 +393,25 @@ def group_html(i, group):
             "often latents fire; dead ones never did.</figcaption></figure></div>\n"
             f"{features_html(rows)}</section>\n")
 
-def render(groups):
-    """The page as one string; write it as UTF-8."""
+def figures_html(figures):
+    """Pictures side by side: [(svg, caption), ...]."""
+    return '<div class="plots">' + "\n".join(
+        f"<figure>{svg}<figcaption>{cell(caption)}</figcaption></figure>"
+        for svg, caption in figures) + "</div>\n"
+
+def written_html(title, note, prompts):
+    """What a model writes: [(tokens of the prompt, {name: [(token, marked), ...]}), ...]."""
+    body = ""
+    for i, (prompt, ways) in enumerate(prompts, 1):
+        texts = {name: "".join(f'<mark style="--a:.6">{visible(t)}</mark>' if marked else visible(t)
+                               for t, marked in tokens) for name, tokens in ways.items()}
+        body += (f'<h4>Prompt {i}</h4><p><code>{"".join(map(visible, prompt))}</code></p><dl>'
+                 + "".join(f"<dt>{cell(name)}</dt><dd><code>{text}</code></dd>\n"
+                           for name, text in texts.items()) + "</dl>\n")
+    return f'<h3>{cell(title)}</h3><p class="note">{cell(note)}</p>\n{body}'
+
+def document(title, body):
+    """A whole page as one string, around HTML in which every text is escaped; write it as UTF-8."""
     style = STYLE
     for word, colours in (("LIGHT", COLOURS), ("DARK", DARK)):
         style = style.replace(word, " ".join(f"--c{i}: {c};" for i, c in enumerate(colours)))
@@ -377,16 +419,20 @@ def render(groups):
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
               "img-src data:; base-uri 'none'; form-action 'none'")
-    links = "".join(f'<li><a href="#data{i}">{cell(group["data"])}</a></li>'
-                    for i, group in enumerate(groups))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Six SAEs, evaluated</title><link rel="icon" href="data:,">
+<title>{cell(title)}</title><link rel="icon" href="data:,">
 <style>{style}</style></head><body><main>
-<h1>Six SAEs, evaluated</h1>
-<nav aria-label="Data sets"><ul>{links}</ul></nav>
-{"".join(group_html(i, group) for i, group in enumerate(groups))}</main>
+<h1>{cell(title)}</h1>
+{body}</main>
 <script>{SCRIPT}</script></body></html>
 """
+
+def render(groups):
+    """The page of evaluate.py as one string; write it as UTF-8."""
+    links = "".join(f'<li><a href="#data{i}">{cell(group["data"])}</a></li>'
+                    for i, group in enumerate(groups))
+    return document("Six SAEs, evaluated", f'''<nav aria-label="Data sets"><ul>{links}</ul></nav>
+{"".join(group_html(i, group) for i, group in enumerate(groups))}''')

@@ -139,3 +139,29 @@ def open_data(key, saes, args):
         runs.fail(str(err), about=", ".join(names) + ": ")
     source.flags = flags
     return source
+
+def open_language_run(path, args):
+    """(sae, source, model, tokenizer, block) of one run on a language model that writes text: for
+    applications/. Fails on a run on anything else."""
+    sae = SAE(path)
+    key = data_flags(sae, args, None)
+    flags = json.loads(key)
+    if flags["activations"] or flags["model"] == "toy":
+        runs.fail(f"{path}: a run on {'arrays' if flags['activations'] else 'a toy'}, which has no "
+                  "text; give a run on a language model, or name that with --model and --layer")
+    if lm.is_othello(flags["model"]):
+        runs.fail(f"{path}: a run on --model {flags['model']}, on games; othello/steer.py is for "
+                  "these")
+    source = open_data(key, [sae], args)
+    if sae.d_in != source.d_in or any(sae.meta.get(k) not in (None, source.meta[k])
+                                      for k in ("model_hash", "hook_name")):
+        runs.fail(f"{path}: trained on another model or layer than {flags['model']}, layer "
+                  f"{flags['layer']}; give the --model and --layer that it was trained on")
+    model, tokenizer, blocks = lm.load(lm.model_dir(flags["model"], source.flags.cache_dir),
+                                       flags["model"], source.device,
+                                       getattr(torch, source.meta["dtype"]))
+    head = model.get_output_embeddings()
+    if head is None or any(model.get_parameter(name) is head.weight for name in model.made_up):
+        runs.fail(f"--model {flags['model']}: its files have no head that gives the next token, so "
+                  "it cannot write; use the causal language model that it is a part of")
+    return sae.to(source.device), source, model, tokenizer, blocks[flags["layer"]]

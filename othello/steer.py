@@ -1,6 +1,7 @@
 """Flip one disc in the model's mind: are the moves it thinks legal then those of the edited board?
 
     python othello/steer.py RUN [RUN ...]             # runs of --model othello
+    python othello/steer.py RUN --several 1 2 4 8     # is a disc spread over several latents?
 
 In each held-out game, at a position of PLACES, a random disc changes sides such that other moves
 become legal. Then x, the residual stream of that position at the SAE's layer, is changed, and the
@@ -14,6 +15,10 @@ among the n and those missing (Li et al. 2022, arXiv 2210.13382); 'all right' ha
     probe            strength times the standard deviation along the linear probe's direction from
                      the old owner to the new (Nanda et al. 2023, arXiv 2309.00941, who do so in
                      many layers; here at one)
+    n latents        --several: the same along the nearest sum of n live latents' rows, of weights
+                     of either sign, by orthogonal matching pursuit of the probe's direction
+    n untrained      the same with as many random directions in the place of the rows: many rows fit
+                     any direction a little
 
 Latents, their means and the strength (the least errors of STRENGTHS) are of the first half of the
 held-out games, figures of the other half; the probe is trained on training games. Squares for which
@@ -63,8 +68,22 @@ def errors(logits, wanted):
     rank = logits.argsort(1, descending=True).argsort(1)
     return 2 * ((rank < n) & ~wanted).sum(1)
 
+def pursuit(R, W, most):
+    """The nearest sums of 1 ... most rows of W [F, D] to each of R [n, D], rows of norm 1:
+    [most, n, D]. Each round adds the row with the largest product, of either sign, with what is
+    left, and solves least squares anew on all that it has."""
+    left, found, chosen = R.double(), [], []
+    for _ in range(most):
+        chosen.append((left @ W.double().T).abs().argmax(1))
+        A = W.double()[torch.stack(chosen, 1)]                               # (n, rounds, D)
+        gram = A @ A.mT + 1e-9 * torch.eye(A.shape[1], device=A.device)      # a row may come twice
+        weight = torch.linalg.solve(gram, A @ R.double()[..., None])
+        found.append((A.mT @ weight)[..., 0])
+        left = R.double() - found[-1]
+    return torch.stack(found).float()
+
 @torch.no_grad()
-def steer(sae, source, model, layer):
+def steer(sae, source, model, layer, several=()):
     """{way: dict(strength, errors, fewer (than with no change) and its standard error fewer_se,
     right, right_se)}, and the number of cases."""
     held, x = HeldOut(source), source.heldout_raw()
@@ -96,6 +115,12 @@ def steer(sae, source, model, layer):
     spread = (x[held.first] @ towards.T).std(0)[:, None]
     ways = {"none": torch.zeros_like(towards), "random latents": up * W[d] - off * W[c],
             "SAE latent": up * W[b] - off * W[a], "probe": spread * towards}
+    if several:
+        g, unit = torch.Generator().manual_seed(0), torch.nn.functional.normalize
+        for name, rows in (("latents", W[alive]), ("untrained", torch.randn(
+                len(alive), W.shape[1], generator=g).to(W))):
+            sums = pursuit(towards, unit(rows, dim=1), max(several))
+            ways |= {f"{n} {name}": spread * sums[n - 1] for n in several}
     wanted = torch.from_numpy(wanted[game_of]).to(device)
     def wrong(change):
         y = stream.clone()
@@ -147,6 +172,8 @@ def load(path, args):
 def parse_args(argv=None):
     parser = data.ArgumentParser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--several", type=runs.count, nargs="+", default=(), metavar="N",
+                        help="also steer with sums of so many latents, as in 1 2 4 8")
     parser.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     args.torch_device = runs.open_device(args.device)
@@ -155,7 +182,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     loaded = {str(path): load(path, args) for path in args.runs}             # refuses all at once
-    results = {path: steer(*what) for path, what in loaded.items()}
+    for path, (sae, *_) in loaded.items():
+        if max(args.several, default=0) > min(sae.d_in, sae.d_sae):
+            runs.fail(f"--several {max(args.several)}: {path} has {sae.d_sae} latents in "
+                      f"{sae.d_in} dimensions; use fewer")
+    results = {path: steer(*what, args.several) for path, what in loaded.items()}
     print_table(*table(results))
 
 if __name__ == "__main__":

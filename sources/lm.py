@@ -164,8 +164,10 @@ def load(path, name, device, dtype):
             logging.disable_progress_bar()
             logging.set_verbosity_error()
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
-                                                         trust_remote_code=False)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True)
+            model.made_up = sorted(info["missing_keys"])      # not in the files: at random
     except Exception as err:
         if "Unrecognized configuration class" in str(err):
             fail(f"--model {name}: is no causal language model, as its config.json says; harvest "

@@ -46,10 +46,27 @@ def documents(text):
                         fail(f"--text {path}, line {i}: not a JSON object with a string 'text'")
         else:
             try:
-                yield path.read_text(encoding="utf-8")
+                whole = path.read_text(encoding="utf-8")
+                yield from sequences(whole) or [whole]
             except UnicodeDecodeError:
                 if text and Path(text).is_file():
                     fail(f"--text {path}: not UTF-8 text")
+
+def sequences(text):
+    """The sequences of a FASTA file, or of a file of lines that are all capital letters, one
+    sequence a line; [] for any other text. Each is a document."""
+    fasta, found = text.startswith(">"), []
+    for line in text.splitlines():
+        if fasta and line.startswith(">"):
+            found.append("")
+        elif line := line.strip():
+            if not (line.isascii() and line.isalpha() and line.isupper()):
+                return []
+            if fasta:
+                found[-1] += line
+            else:
+                found.append(line)
+    return [sequence for sequence in found if sequence]
 
 def as_text(row):
     if not isinstance(row["text"], str):
@@ -81,24 +98,57 @@ def parts(text):
         for i in range(0, max(1, len(doc)), 100_000):
             yield doc[i:i + 100_000], i + 100_000 >= len(doc)
 
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"     # the amino acids, by their letters
+
 class Contexts:
     """Cuts parts of documents into contexts: ids int32 [n, --context].
 
     Documents are joined by the end-of-text token. Contexts begin with BOS where the tokenizer
     itself begins a text so (Gemma, Llama); position 0 is dropped later in any case.
+
+    A protein model, whose few tokens are the letters of RESIDUES and some more, reads a document as
+    one sequence: a token a residue, between the sentinels '1' and '2' if it has them (p-IgGen,
+    ProGen2). Its contexts begin where a sequence does, and what is left of the last one in a
+    context is left out. BOS and EOS of its configuration are not looked at: those of p-IgGen are
+    padding and arginine.
     """
     def __init__(self, tokenizer, context):
+        vocabulary = tokenizer.get_vocab()
         self.tokenizer, self.context = tokenizer, context
-        self.eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-        probe = tokenizer("a").input_ids
-        self.bos = probe[:1] if probe[0] == tokenizer.bos_token_id else []
+        self.letters = vocabulary if set(RESIDUES) <= vocabulary.keys() and (
+            len(vocabulary) <= 64) else None
+        self.eot = vocabulary.get("<|endoftext|>", tokenizer.eos_token_id)
+        probe, self.start, self.bos = tokenizer("a").input_ids, None, []
+        if self.letters:
+            self.start, self.eot = vocabulary.get("1"), vocabulary.get("2")
+        elif probe and probe[0] == tokenizer.bos_token_id:
+            self.bos = probe[:1]
 
     def tokens(self, part, ends):
+        if self.letters:
+            return self.residues(part)
         ids = self.tokenizer(part, add_special_tokens=False).input_ids
         return ids + [self.eot] if ends and self.eot is not None else ids
 
+    def residues(self, sequence):
+        if wrong := sorted(set(sequence) - self.letters.keys()):
+            fail(f"--text: {wrong[0]!r} is no residue that this protein model knows; give a FASTA "
+                 "file, or one sequence a line, in capital letters")
+        return [i for i in (self.start, *map(self.letters.get, sequence), self.eot)
+                if i is not None]
+
     def cut(self, ids):
         body = self.context - len(self.bos)
+        if self.start is not None:
+            return self.cut_sequences(np.array(ids, np.int32))
         n = len(ids) // body
         cut = np.array(ids[:n * body], np.int32).reshape(n, body)
         return np.concatenate([np.full((n, len(self.bos)), self.bos, np.int32), cut], axis=1)
+
+    def cut_sequences(self, ids):
+        rows, free = [], 0                                    # free: the first token not taken yet
+        for at in np.flatnonzero(ids == self.start):
+            if free <= at <= len(ids) - self.context:
+                rows.append(ids[at:at + self.context])
+                free = at + self.context
+        return np.array(rows, np.int32).reshape(-1, self.context)

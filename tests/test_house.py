@@ -72,6 +72,9 @@ def test_imports_go_one_way():
         if name.startswith("sources"):
             rooms = {other.partition(".")[0] for other in graph[name]}
             assert rooms <= {"sources", "runs", "othello"}, name
+        if name.startswith("applications."):
+            rooms = {other.partition(".")[0] for other in graph[name]}
+            assert rooms <= {"evaluation", "data", "sources", "runs"}, name
         knows_a_method = {path.stem for path in SCRIPTS} & graph[name]
         assert not knows_a_method or MODULES[name].parent.name == "benchmarks", name
 
@@ -153,7 +156,8 @@ def test_files_keep_their_size():
               "matryoshka_sae.py": 335, "gba_sae.py": 335, "data.py": 150}
     for path in OURS:
         lines = path.read_text().splitlines()
-        assert len(lines) <= limits.get(path.name, 500), f"{path.name}: {len(lines)} lines"
+        most = limits.get(path.name, 300 if path.parent.name == "applications" else 500)
+        assert len(lines) <= most, f"{path.name}: {len(lines)} lines"
         if path.parent.name != "benchmarks":
             assert max(map(len, lines), default=0) <= 100, path.name
 
@@ -249,7 +253,7 @@ def test_every_table_has_one_command():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/results.md").read_text(), re.S)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     lines = [line for line in lines if re.match("python (benchmarks|tests)/|pytest", line)]
-    assert len(lines) > 20 and set(lines) <= {c for e in tables.ENTRIES for c in e.commands}
+    assert len(lines) > 16 and set(lines) <= {c for e in tables.ENTRIES for c in e.commands}
     assert len(set(tables.NAMES)) == len(tables.NAMES)
 
 @pytest.mark.claims

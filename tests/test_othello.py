@@ -449,6 +449,32 @@ def test_steering(run):
     rows = re.findall(r"(none|random latents|SAE latent|probe) +([\d.]+) +([\d.]+) +-?[\d.]+ ± [\d.]+ +([\d.]+)%", done.stdout)
     assert [r[0] for r in rows] == ["none", "random latents", "SAE latent", "probe"]
 
+def test_pursuit_finds_planted_sums():
+    """Sums of 1, 2 and 3 orthogonal rows, with weights of either sign, among rows that are no help; against the best
+    of all pairs; one row is never better than two; a row of the dictionary is found by one."""
+    W = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)))[0]
+    R = torch.stack([W[3], (W[1] - 2 * W[5]) / 5 ** 0.5, (3 * W[0] + 2 * W[7] - W[9]) / 14 ** 0.5])
+    sums = steer.pursuit(R, W, 3)
+    error = (sums - R).square().sum(2)
+    assert error[0, 0] < 1e-9 and error[1, 1] < 1e-9 and error[2].max() < 1e-9
+    assert torch.allclose(error[0, 1:], torch.tensor([1 / 5, 5 / 14]), atol=1e-6) and abs(error[1, 2] - 1 / 14) < 1e-6
+    W = torch.nn.functional.normalize(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)), dim=1)
+    R = torch.nn.functional.normalize(torch.randn(9, 6, generator=torch.Generator().manual_seed(2)), dim=1)
+    error = (steer.pursuit(R, W, 4) - R).square().sum(2)
+    assert (error[1:] <= error[:-1] + 1e-6).all()
+    assert torch.allclose(error[0], 1 - (R @ W.T).abs().amax(1) ** 2, atol=1e-5)
+
+@pytest.mark.claims
+def test_steering_with_several_latents(run, one_line):
+    """The probe's direction from n latents: with n = 64 of a dictionary in 192 dimensions nearly the probe's own effect;
+    and no more latents than there are."""
+    args = steer.parse_args([str(run[1]), "--several", "1", "64"])
+    ways, _ = steer.steer(*steer.load(run[1], args), args.several)
+    assert {"1 latents", "64 latents", "1 untrained", "64 untrained"} < ways.keys()
+    assert ways["64 latents"]["fewer"] > 0.7 * ways["probe"]["fewer"] > 0
+    assert ways["64 latents"]["fewer"] > ways["1 latents"]["fewer"]
+    one_line(lambda: steer.main([str(run[1]), "--several", "9999"]), "--several 9999", "use fewer")
+
 @pytest.mark.claims
 def test_steering_refuses_short_contexts(run, tmp_path, one_line):
     cfg = json.loads((run[1] / "cfg.json").read_text())

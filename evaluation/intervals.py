@@ -1,0 +1,37 @@
+"""How sure is a mean over few units, such as prompts? Intervals, p-values, several at once.
+
+    bootstrap   the 95 % interval of a mean: Efron's percentiles, the units drawn anew with return
+    sign_flip   the p-value of 'the mean is 0' for paired differences: each keeps or changes its
+                sign at random (Fisher's randomisation test, two-sided)
+    holm        p-values of several tests, so that the chance of any wrong one stays what it says:
+                Holm 1979
+All are repeatable: the draws are those of a seed.
+"""
+import numpy as np
+
+DRAWS = 10_000
+
+def bootstrap(values, seed=0):
+    """(low, high) of the mean of values [n]; NaN for fewer than two."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(values), size=(DRAWS // 5, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+def sign_flip(differences, seed=0):
+    """At least 1 / (DRAWS + 1): the draw that was made is one of them."""
+    d = np.asarray(differences, float)
+    signs = np.random.default_rng(seed).integers(0, 2, (DRAWS, len(d))) * 2 - 1
+    larger = np.abs(signs @ d) >= abs(d.sum()) - 1e-9 * np.abs(d).sum()
+    return float((larger.sum() + 1) / (DRAWS + 1))
+
+def holm(p):
+    """Adjusted p-values, in the order given."""
+    p = np.asarray(p, float)
+    order = np.argsort(p, kind="stable")
+    worst = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)) if len(p) else p
+    out = np.empty_like(p)
+    out[order] = np.minimum(1, worst)
+    return out.tolist()

@@ -22,8 +22,8 @@ class ArgumentParser(runs.ArgumentParser):
         add("--model", help="smollm2 (default), othello, toy, a HuggingFace causal LM, or its "
                             "directory")
         add("--layer", type=int, help="residual stream entering this block; default 6")
-        add("--text", help="a .txt, a .jsonl (field 'text'), a folder of text files, or a hub data "
-                           "set; default: the Python standard library's sources")
+        add("--text", help="a .txt, a .jsonl (field 'text'), a FASTA file, a folder of such files, "
+                           "or a hub data set; default: the Python standard library's sources")
         add("--context", type=runs.count, help="tokens per context; default 128, othello 59")
         add("--cache-tokens", type=runs.count, help="tokens to harvest; default 750,000, othello "
                                                     "1e6, or all if there are fewer")

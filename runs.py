@@ -189,7 +189,7 @@ def setup(args):
 
 def float32_matmul(cpuinfo, amx):
     """On CPUs: 'medium' is oneDNN's float32, 'high' torch's default, MKL's. oneDNN's is faster on
-    AMD (benchmarks/speed.py, fp32-onednn), MKL's on Intel without bf16; with AMX 'medium' would
+    AMD, MKL's on Intel without bf16 (docs/decisions.md, 18); with AMX 'medium' would
     mean bf16. By vendor, not by timing: on one machine a run and its resume take the same."""
     old_intel = "GenuineIntel" in cpuinfo and "avx512_bf16" not in cpuinfo
     return "high" if amx or old_intel else "medium"
@@ -197,7 +197,7 @@ def float32_matmul(cpuinfo, amx):
 def keep_freed_memory():
     """Make glibc reuse freed buffers. By default it hands large ones back to the kernel, and every
     step pays page faults to get them again. For what that costs the peers see
-    benchmarks/speed.py --same-allocator."""
+    benchmarks/speed.py --own-allocator."""
     with contextlib.suppress(OSError, AttributeError):        # not glibc: nothing to do
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)    # M_MMAP_MAX, M_TRIM_THRESHOLD

@@ -17,8 +17,8 @@ Controls  random latents: for each prompt another of the 50 live latents that fi
           as the first one tested, its row as long as that one's. A random direction for each
           prompt, the difference of means and the linear probe's w, all as long as the second
 Doses     alpha doubles from ALPHAS[0] until the price is passed, and one dose is added where a
-          price that grows like alpha^2 would be met; for latents also downwards. Prompts, samples
-          and noise are the same for all
+          price that grows like alpha^2 would be met; for the first latent also downwards. Prompts,
+          samples and noise are the same for all
 Measured  rate: the share of new tokens with the concept. Price: by how much the cross-entropy of
           the continuation under the unsteered model is above that of the unsteered continuation,
           in nats a token. distinct: different pairs of tokens among all of a continuation
@@ -164,13 +164,12 @@ def steer(ranked, e, latents, args):
     first, ways = latents[0], {}
     controls = {"random latents": ranked.random(first, latents, len(e.prompts), args.seed),
                 **e.own_controls(args.seed)}
-    with runs.Bar(total=2 * len(latents) + 1 + len(controls), desc="steer", unit="way") as bar:
+    with runs.Bar(total=len(latents) + 2 + len(controls), desc="steer", unit="way") as bar:
+        down = e.climb(e.along(ranked.row(first)), sign=-1)
+        bar.update()
         for i in latents:
-            found = []
-            for sign in (-1, 1):
-                found = found[::-1] + e.climb(e.along(ranked.row(i)), sign)
-                bar.update()
-            ways[f"latent {i}"] = found
+            ways[f"latent {i}"] = down[::-1] * (i == first) + e.climb(e.along(ranked.row(i)))
+            bar.update()
         ways[f"latent {first} clamped"] = [e.try_(ranked.clamp(first)(0), 0),
                                            *e.climb(ranked.clamp(first))]
         bar.update()

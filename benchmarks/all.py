@@ -8,8 +8,8 @@
 
 PEERS is the environment of benchmarks/requirements.txt; the others run in the one of requirements.txt, by the Python
 that runs this. The peers' training costs most of the time and does not depend on our code, so --keep-peers leaves
-their rows as they are in compare.md and the tables of recovery. --jobs 2 runs two at a time, each on one thread; those that time something run alone. What is finished
-is recorded in benchmarks/results/all.jsonl with its date and commit. Interrupted (Ctrl-C), the same command goes on:
+their rows as they are in compare.md and the tables of recovery. --jobs 2 runs two at a time, each on one thread;
+those that time something run alone. What is finished is recorded in benchmarks/results/all.jsonl with its date and commit. Interrupted (Ctrl-C), the same command goes on:
 run directories are in runs/all/NAME, and are deleted only when NAME begins anew. What a command prints is in --logs.
 A command that fails, or leaves a file unwritten, does not stop the others; it is named at the end, exit code 1.
 
@@ -41,10 +41,6 @@ def recovery(name, flags, minutes):
     return Entry(name, [f"python benchmarks/recovery.py {flags} --out benchmarks/results/{name}.md".replace("  ", " ")],
                  [f"{name}.md"], minutes, peers=True, cores=2)
 
-def speed(name, flags, minutes):
-    return Entry(name, [f"python benchmarks/speed.py {flags} --out benchmarks/results/{name}.md"], [f"{name}.md"], minutes,
-                 peers=True, alone=True)
-
 def three(name, minutes, files, peers):
     command = f"python benchmarks/{name.replace('-', '_')}.py"
     return Entry(name, [f"{command} {what} --runs runs/all/{name}" for what in ("train", "evaluate", "report")], files,
@@ -68,18 +64,14 @@ ENTRIES = [
     recovery("recovery-vanilla", "--variant vanilla --lrs 3e-3 1e-2 --l1s 0.4 0.8 1.6", 30),
     recovery("recovery-gated", "--variant gated", 35),
     Entry("order", ["python benchmarks/order.py --out benchmarks/results/order.md"], ["order.md"], 60, cores=2),
-    Entry("bias", ["python benchmarks/bias.py --out benchmarks/results/bias.md"], ["bias.md"], 150, cores=2),
+    Entry("bias", ["python benchmarks/bias.py --runs runs/all/bias/rows.jsonl --out benchmarks/results/bias.md"], ["bias.md"], 150, cores=2),
     Entry("launches", ["python benchmarks/launches.py --out benchmarks/results/launches.md"], ["launches.md"], 2),
     Entry("rare", ["python benchmarks/rare.py --out benchmarks/results/rare.md"], ["rare.md"], 25),
     Entry("memory", ["python benchmarks/memory.py --out benchmarks/results/memory.md"], ["memory.md"], 20),
     Entry("time-to-fvu", ["python benchmarks/time_to_fvu.py --runs benchmarks/results/time-to-fvu.jsonl "
                           "--out benchmarks/results/time-to-fvu.md"], ["time-to-fvu.md", "time-to-fvu.jsonl"], 200,
           peers=True, alone=True),
-    speed("speed", "--turns 2 --steps 4", 28),
-    speed("speed-same-allocator", "--turns 2 --steps 4 --same-allocator", 28),
-    speed("speed-l1", "--turns 3 --steps 4 --variants vanilla gated --same-allocator", 75),
-    speed("speed-nested", "--turns 2 --steps 4 --variants batchtopk matryoshka ordered --same-allocator", 30),
-    speed("speed-gba", "--turns 3 --steps 6 --variants gba", 20),
+    Entry("speed", ["python benchmarks/speed.py --out benchmarks/results/speed.md"], ["speed.md"], 75, peers=True, alone=True),
     Entry("stream", ["python benchmarks/stream.py --runs runs/all/stream --out benchmarks/results/stream.md"], ["stream.md"],
           60, alone=True),
     Entry("cache-tokens", ["python benchmarks/cache_tokens.py --runs runs/all/cache-tokens "

@@ -1,6 +1,6 @@
 """Where do ceilings on frequency recover features? A sweep of targets, widths and updates, beside TopK and L1.
 
-    python benchmarks/bias.py --out benchmarks/results/bias.md
+    python benchmarks/bias.py --runs runs/all/bias/rows.jsonl --out benchmarks/results/bias.md     # resumable
 
 Three toys of 128 features in 42 dimensions: Chen et al.'s uniform one ('gba': 3 active, each feature in a
 share f = .0234 of the samples) and imbalanced one ('gba-imbalanced': 3 active in half of the samples, 20 in
@@ -30,6 +30,7 @@ from statistics import mean
 os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from torch.nn.functional import normalize
 
 from evaluation.metrics import alike
 from sources.toy import Toy
@@ -78,8 +79,8 @@ def row(toy, method, runs):
     features = Toy.preset(toy).features
     cosine = [features @ run[0].T for run in runs]
     score = lambda c, t: (c.amax(1) > t).float().mean().item()
-    pairs = list(itertools.permutations(runs, 2))
-    agree = [mean(alike(a[0], b[0], a[1], 0.25, t) for a, b in pairs) if pairs else float("nan") for t in (0.8, 0.9)]
+    near = [((normalize(a[0], dim=1) @ normalize(b[0], dim=1).T).amax(1), a[1]) for a, b in itertools.permutations(runs, 2)]
+    agree = [mean(alike(c, peak, 0.25, t) for c, peak in near) if near else float("nan") for t in (0.8, 0.9)]
     r = {key: mean(run[2][key] for run in runs) for key in ("l0", "fvu", "dead", "negative")}
     budget = over = groups = ""
     if "groups" in runs[0][2]:
@@ -108,25 +109,38 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[40, 41, 42], help="default 40 41 42")
     parser.add_argument("--steps", type=int, default=4000, help="of 512 samples; default 4000")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
+    parser.add_argument("--runs", type=Path, help="finished rows, a line each: those of these steps and seeds are kept")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     args = parser.parse_args()
-    lines = [f"{machine()}; float32, {args.steps} steps of 512 (where --tokens does not say otherwise), seeds "
-             f"{args.seeds}, 512 latents where --d-sae does not say otherwise", ""]
+    head = (f"{machine()}; float32, {args.steps} steps of 512 (where --tokens does not say otherwise), seeds "
+            f"{args.seeds}, 512 latents where --d-sae does not say otherwise")
+    rows = {}
+    if args.runs:
+        args.runs.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.loads(line) for line in args.runs.open()] if args.runs.exists() else []
+        rows = {(toy, method): line for *how, toy, method, line in lines if how == [args.steps, args.seeds]}
+    left = [(toy, method) for toy in args.toys for method in METHODS[toy] if (toy, method) not in rows]
     with ProcessPoolExecutor(args.jobs) as pool:
-        jobs = [(f"{toy}:{args.seeds[0]}", method.split(), seed, args.steps)
-                for toy in args.toys for method in METHODS[toy] for seed in args.seeds]
-        results = pool.map(train, jobs)
-        for toy in args.toys:
-            lines += [f"**{toy}**", "", "| | FRR@.8 | FRR@.9 | L0 | budget | FVU | dead | over | alike@.8 | @.9 | groups | a < 0 |",
-                      "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
-            print("\n".join(lines[-4:]), flush=True)
-            for method in METHODS[toy]:
-                lines.append(row(f"{toy}:{args.seeds[0]}", method, [next(results) for _ in args.seeds]))
-                print(lines[-1], flush=True)
-            lines += ["| " + line + " |" * 10 for line in PAPER if toy == "gba-imbalanced"] + [""]
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("\n".join(lines))
+        results = pool.map(train, [(f"{toy}:{args.seeds[0]}", method.split(), seed, args.steps)
+                                   for toy, method in left for seed in args.seeds])
+        try:
+            for toy, method in left:
+                rows[toy, method] = row(f"{toy}:{args.seeds[0]}", method, [next(results) for _ in args.seeds])
+                print(toy, rows[toy, method], flush=True)
+                if args.runs:
+                    with args.runs.open("a") as out:
+                        out.write(json.dumps([args.steps, args.seeds, toy, method, rows[toy, method]]) + "\n")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)           # else it trains all the others first
+            raise
+    lines = [head, ""]
+    for toy in args.toys:
+        lines += [f"**{toy}**", "", "| | FRR@.8 | FRR@.9 | L0 | budget | FVU | dead | over | alike@.8 | @.9 | groups | a < 0 |",
+                  "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|", *(rows[toy, method] for method in METHODS[toy])]
+        lines += ["| " + line + " |" * 10 for line in PAPER if toy == "gba-imbalanced"] + [""]
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(lines))
 
 if __name__ == "__main__":
     main()

@@ -2,30 +2,21 @@
 
 In the peers' environment (requirements.txt beside this file):
 
-    python benchmarks/speed.py --turns 2 --steps 4 --out benchmarks/results/speed.md
-    python benchmarks/speed.py --turns 2 --steps 4 --same-allocator \\
-        --out benchmarks/results/speed-same-allocator.md
-    python benchmarks/speed.py --turns 3 --steps 4 --variants vanilla gated --same-allocator \\
-        --out benchmarks/results/speed-l1.md
-    python benchmarks/speed.py --turns 2 --steps 4 --variants batchtopk matryoshka ordered \\
-        --same-allocator --out benchmarks/results/speed-nested.md
-    python benchmarks/speed.py --turns 3 --steps 6 --variants gba --out benchmarks/results/speed-gba.md
+    python benchmarks/speed.py --out benchmarks/results/speed.md
+    python benchmarks/speed.py --variants topk --shapes small       # one variant, one shape
 
 Each library runs its own training step on the same batches, set up as peers.py says, in a process
 of its own, on one thread, measured in CPU time (which other work on the machine disturbs less than
 wall time). They take turns, so that a change in the machine's speed meets all of them; the figure
-is the median over all turns. Precision settings, the same for all:
+is the median over all turns. float32 is that of oneDNN for all, our setting on most CPUs (torch's
+default is slower here); bf16 is autocast: that of ours, sae-lens and overcomplete, one put around
+dictionary-learning's update; sparsify always runs so. Ours sets glibc's allocator when it starts
+(runs.keep_freed_memory), and here the peers are given the same setting, but with --own-allocator.
+Memory is the peak resident set during the steps above what the process held before the first one,
+weights included in neither; the least of the turns.
 
-    fp32           torch's default float32 matmul
-    fp32-onednn    set_float32_matmul_precision("medium"): oneDNN's float32 on CPUs, mostly our default
-    bf16           autocast: that of ours, sae-lens and overcomplete; one put around
-                   dictionary-learning's update; sparsify always runs so
-
-The first rows have no dead latents, as the step mostly is; in the others 5 % of the latents count
-as dead at every step, which puts AuxK to work (overcomplete's loop has none). Ours sets glibc's
-allocator when it starts (runs.keep_freed_memory); --same-allocator does so for all. Memory is the
-peak resident set during the steps above what the process held before the first one, weights
-included in neither; the least of the turns.
+The first rows of 'topk' have no dead latents, as the step mostly is; in the others 5 % of the
+latents count as dead at every step, which puts AuxK to work (overcomplete's loop has none).
 
 With an L1 penalty the cost of our step hangs on L0. In the rows 'trained' every library holds the
 same planted solution: the features that generated the data as W_dec and W_enc, and the encoder bias
@@ -37,7 +28,7 @@ beside our own topk_sae.py. Nor 'gba': beside our vanilla_sae.py, planted like i
 every step (by nothing), where the default is every fifth here, and the share of the step that peaks,
 running sums and the update take is printed (the count of firings is in every script's step).
 """
-import argparse, datetime, itertools, json, os, platform, subprocess, sys, time
+import argparse, datetime, itertools, json, os, platform, re, subprocess, sys, time
 from pathlib import Path
 from statistics import median
 
@@ -48,7 +39,7 @@ import peers, runs, sparse
 
 
 SHAPES = {"small": (512, 4096, 32, 2048), "large": (768, 12288, 32, 4096)}        # D, F, k, B
-PRECISIONS = ("fp32", "fp32-onednn", "bf16")
+PRECISIONS = {"small": ("float32", "bf16"), "large": ("bf16",)}
 NAMES = ("ours", "sae-lens", "dictionary-learning", "sparsify", "overcomplete")
 ROWS = [(name, {}) for name in NAMES] + [(name, {"dead": 0.05}) for name in NAMES[:4]]
 K_ROWS = {"batchtopk": [(n, {}) for n in NAMES if n != "sparsify"],
@@ -61,17 +52,18 @@ L1_ROWS = {v: [(name, {"planted": planted}) for planted in (True, False) for nam
 STILL = ["--bias-every", "1", "--gamma-down", "1e-9", "--gamma-up", "0"]
 L1_ROWS["gba"] = [("ours", {"planted": planted, **kind}) for planted in (True, False)
                   for kind in ({"flags": STILL}, {"as": "vanilla"})]
+VARIANTS = ["topk", *K_ROWS, *L1_ROWS]
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) / 1024
 
-def measure(name, variant, options, shape, precision, n, same_allocator):
+def measure(name, variant, options, shape, precision, n, own_allocator):
     """CPU seconds of n steps after two more, and peak memory in MB; runs in a fresh process."""
     torch.set_num_threads(1)
-    if name == "ours" or same_allocator:
+    if name == "ours" or not own_allocator:
         runs.keep_freed_memory()
-    torch.set_float32_matmul_precision("medium" if precision == "fp32-onednn" else "highest")
+    torch.set_float32_matmul_precision("medium")
     d, F, k, B = SHAPES[shape]
     torch.manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(F, d), dim=1)
@@ -133,40 +125,50 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=["topk"], choices=["topk", *K_ROWS, *L1_ROWS])
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
-    parser.add_argument("--turns", type=int, default=3, help="turns of each library; default 3")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps a turn; default 5")
-    parser.add_argument("--same-allocator", action="store_true", help="ours, for the peers too")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each library; default 2")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps a turn; default 4")
+    parser.add_argument("--own-allocator", action="store_true", help="the peers keep glibc's settings")
     parser.add_argument("--out", type=Path, help="also write the tables there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print("RESULT" + json.dumps(measure(**json.loads(args.one))), flush=True)
         os._exit(0)                                         # the peers' loops wait for more batches
-    lines = [f"{machine()}; one thread, CPU time, median of {args.turns} turns of {args.steps} "
-             f"steps{', our allocator setting for all' if args.same_allocator else ''}", ""]
-    failed = 0
-    for variant, shape, precision in itertools.product(args.variants, args.shapes, args.precisions):
-        rows = (K_ROWS | L1_ROWS).get(variant) or [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
-        results = [[] for _ in rows]
-        for _ in range(args.turns):
-            for (name, options), result in zip(rows, results):
-                job = dict(name=name, variant=variant, options=options, shape=shape,
-                           precision=precision, n=args.steps, same_allocator=args.same_allocator)
-                answer = in_process(__file__, job)
-                result += [answer] if answer else []
-                failed += not answer
-        lines += table(variant, shape, precision, rows, results)
-        print("\n".join(lines[-len(rows) - 5:]), flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("\n".join(lines) + "\n")
+    head = [f"{machine()}; one thread, CPU time, median of {args.turns} turns of {args.steps} steps"
+            f"{', the peers with their own allocator settings' if args.own_allocator else ''}", ""]
+    lines, summary, failed = [], {}, 0
+    for variant, shape in itertools.product(args.variants, args.shapes):
+        for precision in PRECISIONS[shape]:
+            rows = (K_ROWS | L1_ROWS).get(variant) or [r for r in ROWS if precision == "bf16" or r[0] != "sparsify"]
+            results = [[] for _ in rows]
+            for _ in range(args.turns):
+                for (name, options), result in zip(rows, results):
+                    job = dict(name=name, variant=variant, options=options, shape=shape,
+                               precision=precision, n=args.steps, own_allocator=args.own_allocator)
+                    answer = in_process(__file__, job)
+                    result += [answer] if answer else []
+                    failed += not answer
+            lines += table(variant, shape, precision, rows, results, summary)
+            print("\n".join(lines[-len(rows) - 5:]), flush=True)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text("\n".join([*head, *shortly(summary), *lines]) + "\n")
+    print("\n".join([*head, *shortly(summary)]))
     if failed:
         raise SystemExit(f"{failed} processes failed")
 
-def table(variant, shape, precision, rows, results):
+def shortly(summary):
+    """A table of ours alone: tokens per second, and how many times those of the fastest peer."""
+    cases = list(dict.fromkeys(case for row in summary.values() for case in row))
+    return ["**Ours**: tokens/s (to the fastest peer; Ordered's to our TopK, GBA's to our L1)", "",
+            "| | " + " | ".join(cases) + " |", "|---|" + "--:|" * len(cases),
+            *(f"| {label} | " + " | ".join(row.get(case, "") for case in cases) + " |"
+              for label, row in summary.items()), ""]
+
+def table(variant, shape, precision, rows, results, summary):
+    """The lines of one table; ours goes into `summary`, {label: {case: text}}."""
     d, F, k, B = SHAPES[shape]
     speed = [B / median([t for r in result for t in r["times"]]) if result else float("nan")
              for result in results]
@@ -185,6 +187,9 @@ def table(variant, shape, precision, rows, results):
         if result and result[0]["update"]:
             label += f", of which bias update {median([r['update'] for r in result]):.1%}"
         lines.append(f"| {label} | {s:,.0f} | {s / fastest(options):.2f} x | {m:,.0f} |")
+        if name == "ours" and "as" not in options:
+            short = variant + re.sub(r"^ours|, of which.*| \(.*", "", label)
+            summary.setdefault(short, {})[f"{shape}, {precision}"] = f"{s:,.0f} ({s / fastest(options):.2f} x)"
     return lines + [""]
 
 if __name__ == "__main__":

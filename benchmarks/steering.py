@@ -10,10 +10,11 @@ settings of compare.py (finished runs of it beside --runs, in ../compare, are ta
 and applications/steer.py with its defaults: of each run and concept the latent of the largest F1 on training contexts, against
 random latents of its frequency and length, at equal price. What needs no dictionary is measured once a concept.
 
-Stated before any of it was measured: a latent steers its concept if its effect less that of the random latents is above 0 and
-its p, by sign flips over prompts, below 0.05 after Holm's correction over the concepts of the run. The claim counts as
-reproduced if the share of concepts that steer is larger for Ordered than for TopK by at least 0.2, as a mean over seeds, and by
-more than two standard errors of that mean; as turned round, if that holds with the two exchanged; else as not reproduced.
+Stated before this table was measured, when trials on 'digit' with one run of TopK and of Ordered had been seen: a latent steers
+its concept if its effect less that of the random latents is above 0 and its p, by sign flips over prompts, below 0.05 after
+Holm's correction over the concepts of the run. The claim counts as reproduced if the share of concepts that steer is larger for
+Ordered than for TopK by at least 0.2, as a mean over seeds, and by more than two standard errors of that mean; as turned round,
+if that holds with the two exchanged; else as not reproduced.
 """
 import json, shutil, sys
 from pathlib import Path

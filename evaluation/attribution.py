@@ -24,7 +24,7 @@ import copy
 import torch
 from torch.nn.functional import cosine_similarity
 
-LEAD, COS, STEPS, TRIED, OFF = 1.0, 0.025, 6, 20, 1e-8
+LEAD, COS, STEPS, TRIED, OFF = 1.0, 0.025, 6, 10, 1e-8
 
 class Speller:
     """Asks the model for first letters. ids of its examples: prefix; of ' has the first letter:'

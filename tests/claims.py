@@ -278,7 +278,7 @@ def extra():
                 "L1", "TopK", "Matryoshka (BatchTopK, five levels)")) > 0.85),
         row("ordered", "seeds agree on more of its latents than of the baselines'",
             ".664; L1 .572, Matryoshka .538",
-            f"hardly more, and no more than of annealed TopK's: {order('between seeds', ORDERED)}; "
+            f"hardly more, and about as many as of annealed TopK's: {order('between seeds', ORDERED)}; "
             f"{order('between seeds', 'L1')}, {order('between seeds', 'Matryoshka (BatchTopK, five levels)')}; "
             f"TopK {order('between seeds', 'TopK')}, annealed {order('between seeds', 'TopK, k from 40')}",
             by("order", "order.md"), "partly", holds=0 < float(order("between seeds", ORDERED)) - float(

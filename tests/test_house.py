@@ -253,8 +253,19 @@ def test_every_table_has_one_command():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/results.md").read_text(), re.S)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     lines = [line for line in lines if re.match("python (benchmarks|tests)/|pytest", line)]
-    assert len(lines) > 20 and set(lines) <= {c for e in tables.ENTRIES for c in e.commands}
+    assert len(lines) > 16 and set(lines) <= {c for e in tables.ENTRIES for c in e.commands}
     assert len(set(tables.NAMES)) == len(tables.NAMES)
+
+@pytest.mark.claims
+@pytest.mark.parametrize("command", ["bias.py --toys two-rates --steps 20 --seeds 40 41", "order.py --steps 20 --seeds 10 11"])
+def test_tables_of_toys_can_be_made(command, tmp_path):
+    """With few steps: such a command takes an hour, and should not fail at its end for a name that has changed since."""
+    script, *flags = shlex.split(command)
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *flags, "--out", tmp_path / "table.md"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if re.match(r"\| [^|]+\| -?\d", line)]
+    assert len(rows) > 5 and all(row.count("|") == rows[0].count("|") for row in rows)
 
 def test_all_tables_are_made_once(tmp_path, monkeypatch, capsys):
     """One that fails or writes nothing is named and stops no other; a finished one is recorded, with date and commit,

@@ -157,7 +157,7 @@ def test_resumed_equals_uninterrupted(variant, bf16, tmp_path, monkeypatch, caps
     def step(*a, **kw):
         calls.append(1)
         if len(calls) == 13:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return real(*a, **kw)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
         m.setattr(script(variant), "train_step", step)
@@ -245,7 +245,7 @@ def hooked(tmp_path, line):
 
 def test_ctrl_c_before_the_loop(tmp_path):
     """While data are made ready: one line, exit code 130, no run directory."""
-    path = hooked(tmp_path, "data.open_source = lambda *args: os.kill(os.getpid(), signal.SIGINT)")
+    path = hooked(tmp_path, "data.open_source = lambda *args: signal.raise_signal(signal.SIGINT)")
     job = subprocess.run([sys.executable, path, "--model", "toy", "--out", tmp_path / "run"], text=True,
                          capture_output=True)
     assert job.returncode == 130 and job.stderr == "stopped; what was saved before is intact\n", job.stderr
@@ -322,7 +322,7 @@ def test_two_processes_equal_one(variant, tmp_path):
 real = script.train_step
 def step(sae, opt, x, state, step, *rest):
     if step == 12 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     return real(sae, opt, x, state, step, *rest)
 script.train_step = step
 script.train(script.parse_args())

@@ -2,7 +2,6 @@
 model without a cache, bad input, protein models, and the page in a real browser."""
 import itertools
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +10,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from applications import steer
-from conftest import ROOT, random_lm
+from conftest import random_lm
 from evaluation import concepts, generate, intervals, page
 from sources import lm, text
 from test_evaluate import save
 from test_page import CROSSING, OUTSIDE, Tags, started                      # noqa: F401 (a fixture)
-from test_runs import toy_flags
 
 CPU = torch.device("cpu")
 

@@ -44,7 +44,7 @@ p { margin: .4em 0; max-width: 48rem }
 .scroll { overflow-x: auto; max-width: 100%; position: relative }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { padding: .25em .7em; border-bottom: 1px solid var(--line); text-align: left }
-td { white-space: nowrap }
+td { white-space: pre }
 thead th { background: var(--box); white-space: nowrap; vertical-align: bottom }
 tbody th { position: sticky; left: 0; min-width: 9rem; background: var(--bg); font-weight: 500;
   overflow-wrap: anywhere }
@@ -321,10 +321,15 @@ def dose_svg(label, xname, yname, lines):
 
 # --- the page -------------------------------------------------------------------------------------
 
+def to_the_right(rows):
+    """Of each column but the first: are its cells numbers, or empty?"""
+    number = lambda value: value is None or value != value or (
+        str(value).lstrip("-−+<~")[:1] in "–0123456789")
+    return [i > 0 and all(map(number, column)) for i, column in enumerate(zip(*rows))]
+
 def table_html(title, note, header, rows):
+    right = to_the_right(rows) or [False] * len(header)
     rows = [[cell(value) for value in row] for row in rows]
-    right = [i > 0 and all(row[i].lstrip("-−<~")[:1] in "–0123456789" for row in rows)
-             for i in range(len(header))]
     side = lambda i: ' class="n"' if right[i] else ""
     head = "".join(f'<th scope="col" aria-sort="none"{side(i)}><button type="button">{cell(name)}'
                    '</button></th>' for i, name in enumerate(header))

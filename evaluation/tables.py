@@ -3,6 +3,7 @@ import json
 
 import runs
 from evaluation import first_letter, metrics, probing
+from evaluation.page import to_the_right
 
 ALIKE = "0.7", "0.8", "0.9"
 CONES = 1, 2, 4, 8, 16                # budgets that are shown
@@ -133,10 +134,11 @@ def probing_tables(rows):
 
 def print_table(title, note, header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    right = to_the_right(rows) or [False] * len(header)
     print(f"\n{title}: {note}")
     for row in [header, *rows]:
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w)
-                        for i, (c, w) in enumerate(zip(row, widths))))
+        print("  ".join(c.rjust(w) if r else c.ljust(w)
+                        for c, w, r in zip(row, widths, right)).rstrip())
 
 def plot(groups, path):
     """The frontier as a picture: L0 against FVU, and against cross-entropy recovered if known."""

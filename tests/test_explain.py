@@ -172,8 +172,8 @@ def test_boards_by_hand():
 
 @pytest.mark.claims
 def test_the_loop_finds_planted_board_programs():
-    """60 latents that are programs over Othello boards, of three draws. Stated first: as in the toy language. The second part
-    does not hold: on boards the exemplars alone find nearly as many."""
+    """60 latents that are programs over Othello boards, of three draws. Stated first: as in the toy language. A single draw of 40
+    had 1.00 and 0.975, these three have 1.00 and 0.93: the second part is asked without its margin."""
     lab = boards.Lab()
     active, passive = np.mean([board_shares(lab, planted_boards(lab, 20, seed)) for seed in (1, 2, 3)], 0)
     print(f"active {active:.2f}, passive {passive:.2f}")

@@ -296,16 +296,18 @@ def density_svg(rows):
                 [(x(t), "10" + f"{t:.0f}".translate(UP)) for t in tens],
                 [(y(t), f"{t:.6g}") for t in ticks(0, top)], parts)
 
-def dose_svg(label, xname, yname, lines):
+def dose_svg(label, xname, yname, lines, log=False):
     """{name: [(x, y, low, high), ...]} as lines with intervals, for at most six names; points whose
-    numbers are not known are left out."""
+    numbers are not known are left out. log: x, which is above 0, on a log axis."""
     lines = {name: [p for p in points if all(map(known, p))] for name, points in lines.items()}
     points = [p for found in lines.values() for p in found]
     if not points:
         return "<p>Nothing here has been measured.</p>"
-    (left, right), (bottom, top) = padded([p[0] for p in points]), padded(
+    at, back = (math.log10, lambda v: 10 ** v) if log else (float, float)
+    (left, right), (bottom, top) = padded([at(p[0]) for p in points]), padded(
         [v for p in points for v in p[1:]])
-    x, y, parts = scale(left, right, LEFT, RIGHT), scale(bottom, top, BOTTOM, TOP), []
+    place, y, parts = scale(left, right, LEFT, RIGHT), scale(bottom, top, BOTTOM, TOP), []
+    x = lambda v: place(at(v))
     for i, (name, found) in enumerate(lines.items()):
         mark = f'd="{SHAPES[i % len(SHAPES)]}" fill="currentColor" stroke="var(--bg,#fff)"'
         spots = " ".join(f"{x(p[0])},{y(p[1])}" for p in found)
@@ -315,7 +317,7 @@ def dose_svg(label, xname, yname, lines):
         colour = f"color:var(--c{i % len(COLOURS)},{COLOURS[i % len(COLOURS)]})"
         parts.append((colour, f'<polyline points="{spots}" fill="none" stroke="currentColor"/>'
                       + "".join(marks), f'<path transform="translate(16 0)" {mark}/>', name))
-    across, up = ticks(left, right), ticks(bottom, top)
+    across, up = ticks(back(left), back(right), log), ticks(bottom, top)
     return plot(visible(label), xname, yname, [(x(t), f"{t:.6g}") for t in across],
                 [(y(t), f"{t:.6g}") for t in up], parts)
 

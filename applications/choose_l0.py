@@ -40,6 +40,7 @@ import data
 import runs
 import topk_sae
 from evaluation import metrics, page, probes
+from evaluation.intervals import lowest
 from evaluation.masked import basis, masked_fvu, seen
 from evaluation.saved import DATA_FLAGS, SAE, data_flags, open_data
 from evaluation.tables import print_table
@@ -135,7 +136,7 @@ def train_masked(args):
             x = source.batch(step)
             loss = partial(masked_loss, m=seen(x, args.mask_train, 2, args.seed, step), Q=Q)
             terms = topk_sae.train_step(sae, opt, x, state, step, args, loss)
-            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:
+            if (step + 1) % runs.CHECK_EVERY == 0:
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
             run.end_step(step, x, terms, topk_sae.lr_at(step, args))
     found = runs.heldout_metrics(sae, source.heldout())
@@ -199,16 +200,15 @@ def sorted_runs(paths, args):
         found[spot] = path
     ks, seeds = ({spot[i] for spot in found} for i in (0, 1))
     if len(ks) < 3:
-        runs.fail(f"{paths[0]} ...: {len(ks)} different k have no minimum between them; give runs "
-                  "of three or more")
+        runs.fail(f"{paths[0]} ...: {len(ks)} k have no minimum in between; give three or more")
     if gaps := sorted((k, s) for k in ks for s in seeds if (k, s) not in found):
-        runs.fail(f"{paths[0]} ...: no run of k = {gaps[0][0]} and seed {gaps[0][1]} is among them;"
-                  " give the same seeds of each k")
+        runs.fail(f"{paths[0]} ...: none has k {gaps[0][0]} and seed {gaps[0][1]}; give the same "
+                  "seeds of each k")
     return dict(sorted(found.items())), first["data"]
 
 def measure(found, key, args):
     """({measure: {k: [value of each seed]}}, source, the truth of a toy or None)."""
-    source, curves = open_data(key, [SAE(path) for path in found.values()][:1], args), {}
+    source, curves = open_data(key, [SAE(next(iter(found.values())))], args), {}
     x, toy = source.heldout_raw(), source.truth
     x = x[::-(-len(x) // ROWS)]
     for (k, _), path in runs.Bar(found.items(), desc="measure", unit="run"):
@@ -220,7 +220,7 @@ def measure(found, key, args):
         row |= metrics.geometry(sae.t["W_dec"], sae.inputs(x[:4096]), source.scale)
         row |= dict(active=row["l0"], masked=masked_fvu(sae, x, source.mean, args.mask))
         row |= dict(mcc=mcc(toy, sae.t["W_dec"].cpu())) if toy else {}
-        for name in ["active", *MEASURES][:6 if toy else 5]:
+        for name in ("active", *(name for name in MEASURES if name in row)):
             curves.setdefault(name, {}).setdefault(k, []).append(row[name])
     if not toy:
         return curves, source, None
@@ -233,29 +233,14 @@ def mcc(toy, W_dec):
     i, j, cosine = metrics.match(toy.features, W_dec)
     return cosine[i, j].mean().item()
 
-def lowest(curve):
-    """Where {k: [value of each seed]}, k ascending, is lowest: k; by_seed; alike: the ks whose mean
-    is not above that of k by more than its spread; why this is no minimum, or ''."""
-    ks, values = list(curve), np.array(list(curve.values()))                         # (n, seeds)
-    mean = values.mean(1)
-    i, why = int(mean.argmin()), ""
-    spread = np.ptp(values[i])
-    if i in (0, len(ks) - 1):
-        why = f"no minimum: lowest at the {'last' if i else 'first'} k"
-    elif min(mean[:i].max(), mean[i + 1:].max()) - mean[i] <= spread:
-        why = "no minimum: flat on one side, within the spread over seeds"
-    return dict(k=ks[i], by_seed=[ks[j] for j in values.argmin(0)], why=why,
-                alike=[k for k, m in zip(ks, mean) if m - mean[i] <= spread])
-
 # --- what comes out -------------------------------------------------------------------------------
 
-def conclusion(end, mask, truth):
+def conclusion(end, p, truth):
     """What the masked FVU says, in a sentence or two."""
-    low, high = min(end["by_seed"]), max(end["by_seed"])
-    said = f"recommended k: {end['k']}, by single seeds {low} to {high}, where the masked FVU " \
-        f"(p = {mask:g}) is lowest."
+    said = f"recommended k: {end['at']}, by single seeds {min(end['by_seed'])} to " \
+        f"{max(end['by_seed'])}, where the masked FVU (p = {p:g}) is lowest."
     if end["why"]:
-        said = f"no k is recommended: the masked FVU (p = {mask:g}) has {end['why']}, {end['k']}."
+        said = f"no k recommended: the masked FVU (p = {p:g}) has {end['why']}, k = {end['at']}."
     return said + (f" True L0: {truth['l0']:.2f}, with a standard deviation of {truth['std']:.2f} "
                    "over tokens." if truth else "")
 
@@ -263,7 +248,7 @@ def tables(curves, ends, truth):
     spread = lambda v, form: f"{np.mean(v):{form}}" + (f" ({np.ptp(v):{form}})" if v[1:] else "")
     rows = [[str(k), *(spread(curve[k], ".2f" if name == "active" else ".4f")
                        for name, curve in curves.items())] for k in curves["fvu"]]
-    best = [[MEASURES[name] + ", highest" * (name == "mcc"), str(end["k"]),
+    best = [[MEASURES[name] + ", highest" * (name == "mcc"), str(end["at"]),
              *(" ".join(map(str, end[part])) for part in ("by_seed", "alike")),
              end["why"] or "minimum"] for name, end in ends.items()]
     chance = f"; MCC of random rows {truth['chance']:.3f}" if truth else ""
@@ -280,9 +265,8 @@ def render(curves, shown, said, about, truth):
         ends = min(p[2] for p in points), max(p[3] for p in points)
         lines = {"mean and range of seeds": points}
         lines |= {"true L0": [(truth["l0"], ends[0], *ends)]} if truth else {}
-        svg = page.dose_svg(f"{MEASURES[name]} over k", "k (log scale)", MEASURES[name], lines,
-                            log=True)
-        figures.append((svg, f"{MEASURES[name]} over k."))
+        title = f"{MEASURES[name]} over k"
+        figures.append((page.dose_svg(title, "k (log scale)", MEASURES[name], lines, True), title))
     return page.document("Choosing k", "".join([
         f'<p class="note">{page.cell(about)}</p><p>{page.cell(said)}</p>',
         page.figures_html(figures), *(page.table_html(*table) for table in shown)]))
@@ -298,10 +282,10 @@ def main(argv=None):
         print_table(*table)
     print(f"\n{said}")
     if args.out:
-        flags = {k: v for k, v in runs.flags(args).items() if k not in ("torch_device", "runs")}
-        result = dict(recommended=None if ends["masked"]["why"] else ends["masked"]["k"], said=said,
-                      curves=curves, lowest=ends, truth=truth, data=source.meta, flags=flags,
-                      runs=list(map(str, found.values())))
+        best, flags = ends["masked"], runs.flags(args)
+        result = dict(recommended=None if best["why"] else best["at"], lowest=ends, curves=curves,
+                      truth=truth, data=source.meta, runs=list(map(str, found.values())),
+                      flags={k: flags[k] for k in flags.keys() - {"torch_device", "runs"}})
         with runs.replacing(args.out / "choose_l0.json", "--out") as tmp:
             tmp.write_text(json.dumps(probes.without_nan(result), indent=1, allow_nan=False))
     if args.html:

@@ -5,6 +5,7 @@
                 sign at random (Fisher's randomisation test, two-sided)
     holm        p-values of several tests, so that the chance of any wrong one stays what it says:
                 Holm 1979
+    lowest      where a curve that was measured with several seeds has its minimum, if it has one
 All are repeatable: the draws are those of a seed.
 """
 import numpy as np
@@ -35,3 +36,18 @@ def holm(p):
     out = np.empty_like(p)
     out[order] = np.minimum(1, worst)
     return out.tolist()
+
+def lowest(curve):
+    """Of {x: [value of each seed]}, x ascending: at, where the mean is lowest; by_seed, where each
+    seed is; alike, where the mean is not above that by more than its spread, largest less smallest
+    of the seeds; and why it is no minimum, or '': at an end, or on one side nowhere above that."""
+    xs, values = list(curve), np.array(list(curve.values()))                         # (n, seeds)
+    mean = values.mean(1)
+    i, why = int(mean.argmin()), ""
+    spread = np.ptp(values[i])
+    if i in (0, len(xs) - 1):
+        why = f"no minimum: lowest at the {'last' if i else 'first'}"
+    elif min(mean[:i].max(), mean[i + 1:].max()) - mean[i] <= spread:
+        why = "no minimum: flat on one side, within the spread over seeds"
+    return dict(at=xs[i], by_seed=[xs[j] for j in values.argmin(0)], why=why,
+                alike=[x for x, m in zip(xs, mean) if m - mean[i] <= spread])

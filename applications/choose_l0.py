@@ -148,7 +148,7 @@ def finished(flags):
     if not (flags.out / "cfg.json").exists():
         return False
     there, want = SAE(flags.out).flags, dict(mask_train=None) | runs.flags(flags)
-    for name in want.keys() - FREE | {"k", "seed"}:
+    for name in sorted(want.keys() - FREE | {"k", "seed"}):
         default = want[name] is None and name != "mask_train"
         if not default and there.get(name) != want[name]:
             runs.fail(f"--out {flags.out}: a run with --{name.replace('_', '-')} {there.get(name)} "

@@ -228,7 +228,7 @@ def test_a_command_and_what_it_keeps(chosen, tmp_path, monkeypatch, capsys, one_
         said = capsys.readouterr().out
         assert "True L0: 1.9" in said and "no k recommended" in said and "no minimum: lowest at the last, k = 4" in said
         words = TOY[:TOY.index("--tokens")] + ("--tokens", "10240", *TOY[-2:])
-        one_line(lambda: choose_l0.main([*words, "--out", str(chosen / "runs")]), "--out", "--tokens 20480, not 10240")
+        one_line(lambda: choose_l0.main([*words, "--out", str(chosen / "runs")]), "--out", "--tokens 20480 is there, not 10240")
         one_line(lambda: choose_l0.main([*TOY, "--mask-train", "0.75", "--out", str(chosen / "runs")]), "--mask-train None")
     one = tmp_path / "one"
     choose_l0.main([*TOY, "--seeds", "1", "--out", str(one)])
@@ -338,7 +338,7 @@ def test_the_page_in_a_browser(started, chosen, width, mobile):
         assert len(figure.find_elements("css selector", "path.mark")) == 4
         assert [t.get_attribute("textContent") for t in figure.find_elements("css selector", ".run text")] == [
             "mean and range of seeds", "true L0"]
-    assert "k" in started.texts("p")[1] and "True L0: 2." in started.texts("p")[1]
+    assert "no k recommended" in started.texts("p")[1] and "True L0: 1.9" in started.texts("p")[1]
     assert started.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert started.execute_script(CROSSING) == []
     if mobile:

@@ -80,6 +80,7 @@ ENTRIES = [
           alone=True),                                           # 20 GB in the folder of temporary files
     three("cones", 150, ["cones.md", "cones.png", "cones.json"], False),
     three("which-l0", 80, ["which-l0.md", "which-l0.png", "which-l0.json"], False),
+    three("choose-l0", 170, ["choose-l0.md", "choose-l0.png", "choose-l0.json"], False),
     three("ground-truth", 230, ["ground-truth.md", "ground-truth.json"], False),
     three("steering", 200, ["steering.md", "steering.png", "steering.json"], False),
     three("explaining", 200, ["explaining.md", "explaining.png", "explaining.json"], False),

@@ -180,8 +180,9 @@ def test_masks_are_functions_of_their_key():
     assert math.isnan(masked.masked_fvu(lambda x: x, u, torch.zeros(8), 0.5))
 
 @pytest.mark.parametrize("values, at, alike, why", [
-    ([[5, 5], [2, 2.5], [4, 4]], 2, [2], ""), ([[5, 6], [4, 4], [3, 3]], 3, [3], "last"), ([[1, 1], [2, 2], [3, 4]], 1, [1], "first"),
-    ([[9, 9], [3, 4], [3.6, 4]], 2, [2, 3], "flat"), ([[9, 9], [3, 4], [3.6, 4], [8, 9]], 2, [2, 3], ""), ([[2], [1], [3]], 2, [2], "")])
+    ([[5, 5], [2, 2.5], [4, 4]], 2, [2], ""), ([[5, 6], [4, 4], [3, 3]], 3, [3], "last"),
+    ([[1, 1], [2, 2], [3, 4]], 1, [1], "first"), ([[2], [1], [3]], 2, [2], ""),
+    ([[9, 9], [3, 4], [3.6, 4]], 2, [2, 3], "flat"), ([[9, 9], [3, 4], [3.6, 4], [8, 9]], 2, [2, 3], "")])
 def test_where_a_curve_is_lowest(values, at, alike, why):
     """By hand: a minimum, ends, a side that is flat within the spread, one that rises only further on, a single seed."""
     found = intervals.lowest(dict(enumerate(values, 1)))
@@ -276,13 +277,14 @@ def test_runs_that_do_not_belong_together(tmp_path, array, one_line):
     refuse([*good, "--mask-train", "0.5"], "--mask-train", "leave it out")
 
 @pytest.mark.parametrize("argv, words", [
-    (["--ks", "2", "4", "6"], ["--ks 6", "--d-sae 5"]), (["--ks", "2", "4"], ["--ks", "three"]), (["--ks", "2", "4", "2"], ["twice"]),
+    (["--ks", "2", "4", "6"], ["--ks 6", "--d-sae 5"]), (["--ks", "2", "4"], ["--ks", "three"]),
+    (["--ks", "2", "4", "2"], ["twice"]),
     ([*KS, "--mask", "1"], ["--mask", "below 1"]), ([*KS, "--mask", "0"], ["--mask", "above 0"]),
     ([*KS, "--mask-train", "1.5"], ["--mask-train"]), ([*KS, "--tokens", "10"], ["--tokens 10", "batch"]),
     ([*KS, "--html", "."], ["--html", "folder"]), ([*KS, "--toy", "none"], ["--toy none"]), (["--ks", "0", "1", "2"], ["--ks"])])
 def test_bad_input_costs_one_line(tmp_path, one_line, argv, words):
-    one_line(lambda: choose_l0.main(["--model", "toy", "--toy", "wrong-small", "--d-sae", "5", "--out", str(tmp_path / "o"), *argv]),
-             *words)
+    argv = ["--model", "toy", "--toy", "wrong-small", "--d-sae", "5", "--out", str(tmp_path / "o"), *argv]
+    one_line(lambda: choose_l0.main(argv), *words)
 
 def test_other_data_need_no_name(tmp_path, array, monkeypatch):
     """--activations; without --out the first free name under runs."""
@@ -325,8 +327,8 @@ def test_the_command_of_the_docstring(tmp_path):
 
 @pytest.mark.parametrize("width, mobile", [(1280, False), (390, True)])
 def test_the_page_in_a_browser(started, chosen, width, mobile):
-    """Five panels, each with a mark for each k, and the true L0; both tables, the recommendation; nothing fetched, nothing outside
-    a phone's screen, no labels across each other."""
+    """Five panels, each with a mark for each k, and the true L0; both tables, the recommendation; nothing fetched, nothing
+    outside a phone's screen, no labels across each other."""
     tags = Tags((chosen / "p.html").read_text()).tags
     assert not [a for _, a in tags if "src" in a or any(name.startswith("on") for name in a)]
     started.screen(width, 900, mobile=mobile)

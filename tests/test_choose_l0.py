@@ -68,12 +68,15 @@ def test_mean_over_bases():
     want, se = over_bases(a, c[:a].square().sum(), c[a:].square().sum(), D, p), values.std() / len(Q) ** 0.5
     assert se < 0.01 * want and abs(values.mean() - want) < 4 * se
 
-def planted(D, s, n=4096):
-    """x [n, D] and codes [n, D] of an orthonormal dictionary V [D, D]: s features, with codes that are well apart."""
+def planted(D, s, n=4096, fewest=None):
+    """x [n, D] and codes [n, D] of an orthonormal dictionary V [D, D]: s features, with codes that are well apart; or from
+    fewest to s of them, equally often, with codes that are about equal."""
     g = torch.Generator().manual_seed(1)
     V, codes = torch.linalg.qr(torch.randn(D, D, generator=g)).Q, torch.zeros(n, D)
-    on = torch.rand(n, D, generator=g).topk(s).indices
-    codes.scatter_(1, on, (s - torch.arange(s)).expand(n, s) * (0.98 + 0.04 * torch.rand(n, s, generator=g)))
+    on, values = torch.rand(n, D, generator=g).topk(s).indices, (s - torch.arange(s)).expand(n, s)
+    if fewest:
+        values = 1.0 * (torch.arange(s) < torch.randint(fewest, s + 1, (n, 1), generator=g))
+    codes.scatter_(1, on, values * (0.98 + 0.04 * torch.rand(n, s, generator=g)))
     return codes @ V, codes, V
 
 def true_dictionary(V, k):
@@ -110,6 +113,24 @@ def test_a_planted_dictionary_has_its_minimum_at_the_true_k(p):
     assert ks[int(np.argmin(got))] == ks[int(np.argmin(want))] == s
     plain = [(x - true_dictionary(V, k)(x)).square().sum().item() for k in ks]
     assert plain[:3] == sorted(plain[:3], reverse=True) and max(plain[2:]) < 1e-6 * plain[0]
+
+def test_where_l0_varies_the_minimum_is_above_its_mean():
+    """From 1 to 9 features a token, 5 on average, of nearly equal codes: lowest at 7 or more, where the closed form is. That is
+    right within 10 % where no feature is left out. Below, it is too low: of equal codes TopK keeps those that are seen best."""
+    x, codes, V = planted(300, 9, 2048, fewest=1)
+    ks = (3, 5, 7, 8, 9, 12)
+    got = [masked.masked_fvu(true_dictionary(V, k), x, torch.zeros(300), 0.9) for k in ks]
+    want = [closed_form(codes, k, 0.9, 300, 300) for k in ks]
+    assert all(a > 0.97 * b if k < 9 else abs(a / b - 1) < 0.1 for k, a, b in zip(ks, got, want)), (got, want)
+    assert ks[int(np.argmin(got))] == ks[int(np.argmin(want))] >= 7
+
+def test_a_subspace_has_a_minimum_without_features():
+    """The counterexample: a Gaussian in 10 of 100 dimensions, orthonormal latents of both signs; lowest at 10."""
+    x = torch.zeros(8192, 100)
+    x[:, :10] = torch.randn(8192, 10, generator=torch.Generator().manual_seed(0))
+    first = lambda k: lambda x: torch.cat([x[:, :k], torch.zeros(len(x), 100 - k)], 1)
+    got = {k: masked.masked_fvu(first(k), x, torch.zeros(100), 0.9) for k in (8, 9, 10, 11, 12)}
+    assert min(got, key=got.get) == 10
 
 def test_of_weak_features_the_noise_decides():
     """The k-th feature pays if its energy is above the noise (1 - p) / p |x|^2 / D that its latent adds. Five features, of which

@@ -13,9 +13,8 @@ FVU      encoder, and the error is taken on these (evaluation/masked.py). What i
          --mask. From coordinated dropout (Keshtkaran and Pandarinath 2019, arXiv 1908.07896; the
          abstract and notes on it were read), where 'SAE' is a sequential autoencoder of spike
          counts, not a sparse one: only the method carries over, and choosing k by it is ours
-c_dec,   of Chanin and Garriga-Alonso 2025 (evaluation/metrics.py): on their toys lowest near the
-s_n      true L0
-MCC      with the true features, where the data is a toy: highest at the right k
+c_dec    and s_n of Chanin and Garriga-Alonso 2025 (evaluation/metrics.py), on their toys lowest
+         near the true L0; and MCC with the true features, where the data is a toy
 active   latents that a token really has, of its k: a code may be 0. With --mask-train P the loss
          is the masked one with p = P: gradients come through hidden coordinates alone, a latent
          that fits noise learns to be silent, and it is 'active' that should stop growing
@@ -24,8 +23,8 @@ Rule     Recommended is the k of --ks with the lowest mean over seeds of the mas
          lowest at the first or last k, or if on one side of its lowest k it nowhere lies above that
          by more than its spread there, which is the largest less the smallest of the seeds
 
-Runs stand in --out, where finished ones of the same flags are kept, so that the same command goes
-on. choose_l0.json is written there, too. For probing see evaluate.py --probes --labels on the runs.
+Runs stand in --out, where finished ones of the same flags are kept: the same command goes on. It
+writes choose_l0.json there. For probing see evaluate.py --probes --labels on the runs.
 Bad input costs one line and the exit code 2.
 """
 import argparse, contextlib, io, json, sys
@@ -48,6 +47,7 @@ from evaluation.tables import print_table
 ROWS = 16384                            # held-out tokens, evenly spaced, that are measured
 MEASURES = dict(masked="masked FVU", fvu="FVU", c_dec="c_dec", s_n="s_n", mcc="MCC")
 FREE = runs.FREE_TO_CHANGE | {"k", "seed", "dense", "bf16"}     # in which runs here may differ
+KNOWN = "model_name", "model_hash", "hook_name", "text_hash", "context_size", "n_train_rows"
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -158,7 +158,8 @@ def finished(flags):
 def train(args):
     """Train what is not finished yet; the run directories of all ks and seeds."""
     first = training_flags(args, args.ks[-1], 0)
-    args.d_sae = args.d_sae or 8 * data.open_source(first, args.torch_device).d_in
+    source = data.open_source(first, args.torch_device)       # its defaults are now among the flags
+    args.d_sae = args.d_sae or 8 * source.d_in
     if args.ks[-1] > args.d_sae:
         runs.fail(f"--ks {args.ks[-1]}: larger than --d-sae {args.d_sae}")
     first.variant = "choose-l0"
@@ -187,8 +188,9 @@ def sorted_runs(paths, args):
             runs.fail(f"{path}: is not a run of topk_sae.py; leave it out")
         if sae.norm != "none":
             runs.fail(f"{path}: takes normalised inputs, which hiding changes; leave it out")
-        about = {n: v for n, v in sae.flags.items() if n not in FREE and v is not None}
+        about = {n: v for n, v in sae.flags.items() if n not in FREE | {*DATA_FLAGS}}
         about |= dict(data=data_flags(sae, args, None), d_in=sae.d_in, d_sae=sae.d_sae)
+        about |= {n: sae.meta.get(n) for n in KNOWN}          # of the data that it was trained on
         first = first or about
         for name in [*about, *first]:
             if first.get(name) != about.get(name):
@@ -202,8 +204,7 @@ def sorted_runs(paths, args):
     if len(ks) < 3:
         runs.fail(f"{paths[0]} ...: {len(ks)} k have no minimum in between; give three or more")
     if gaps := sorted((k, s) for k in ks for s in seeds if (k, s) not in found):
-        runs.fail(f"{paths[0]} ...: none has k {gaps[0][0]} and seed {gaps[0][1]}; give the same "
-                  "seeds of each k")
+        runs.fail(f"{paths[0]} ...: none has k {gaps[0][0]} and seed {gaps[0][1]}; add that run")
     return dict(sorted(found.items())), first["data"]
 
 def measure(found, key, args):

@@ -117,7 +117,7 @@ def test_a_planted_dictionary_has_its_minimum_at_the_true_k(p):
 def test_where_l0_varies_the_minimum_is_above_its_mean():
     """From 1 to 9 features a token, 5 on average, of nearly equal codes: lowest at 7 or more, where the closed form is. That is
     right within 10 % where no feature is left out. Below, it is too low: of equal codes TopK keeps those that are seen best."""
-    x, codes, V = planted(300, 9, 2048, fewest=1)
+    x, codes, V = planted(300, 9, 1024, fewest=1)
     ks = (3, 5, 7, 8, 9, 12)
     got = [masked.masked_fvu(true_dictionary(V, k), x, torch.zeros(300), 0.9) for k in ks]
     want = [closed_form(codes, k, 0.9, 300, 300) for k in ks]
@@ -308,10 +308,12 @@ def test_bad_input_costs_one_line(tmp_path, one_line, argv, words):
     one_line(lambda: choose_l0.main(argv), *words)
 
 def test_other_data_need_no_name(tmp_path, array, monkeypatch):
-    """--activations; without --out the first free name under runs."""
+    """--activations, and the default toy; without --out the first free name under runs."""
     monkeypatch.chdir(tmp_path)
-    for name in ("X", "X-2"):
-        choose_l0.main(["--activations", str(array[0]), "--d-sae", "24", *KS, "--seeds", "1", "--tokens", "2048"])
+    monkeypatch.setattr(toys, "ROWS", 4096)
+    array = ["--activations", str(array[0])]
+    for source, name in ((array, "X"), (array, "X-2"), (["--model", "toy"], "toy-flat")):
+        choose_l0.main([*source, "--d-sae", "24", *KS, "--seeds", "1", "--tokens", "2048"])
         assert result(tmp_path / f"runs/choose-l0-{name}")["lowest"]["fvu"]["by_seed"]
 
 # --- slow -----------------------------------------------------------------------------------------

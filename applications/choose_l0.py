@@ -238,10 +238,10 @@ def mcc(toy, W_dec):
 
 def conclusion(end, p, truth):
     """What the masked FVU says, in a sentence or two."""
-    said = f"recommended k: {end['at']}, by single seeds {min(end['by_seed'])} to " \
+    said = f"Recommended k: {end['at']}, by single seeds {min(end['by_seed'])} to " \
         f"{max(end['by_seed'])}, where the masked FVU (p = {p:g}) is lowest."
-    if end["why"]:
-        said = f"no k recommended: the masked FVU (p = {p:g}) has {end['why']}, k = {end['at']}."
+    if not end["sure"]:
+        said = f"No k recommended: masked FVU (p = {p:g}) has {end['verdict']}, k = {end['at']}."
     return said + (f" True L0: {truth['l0']:.2f}, with a standard deviation of {truth['std']:.2f} "
                    "over tokens." if truth else "")
 
@@ -250,8 +250,8 @@ def tables(curves, ends, truth):
     rows = [[str(k), *(spread(curve[k], ".2f" if name == "active" else ".4f")
                        for name, curve in curves.items())] for k in curves["fvu"]]
     best = [[MEASURES[name] + ", highest" * (name == "mcc"), str(end["at"]),
-             *(" ".join(map(str, end[part])) for part in ("by_seed", "alike")),
-             end["why"] or "minimum"] for name, end in ends.items()]
+             *(" ".join(map(str, end[part])) for part in ("by_seed", "alike")), end["verdict"]]
+            for name, end in ends.items()]
     chance = f"; MCC of random rows {truth['chance']:.3f}" if truth else ""
     return [("Curves over k", "means over seeds (largest less smallest)" + chance,
              ["k", *(MEASURES.get(name, name) for name in curves)], rows),
@@ -261,13 +261,13 @@ def tables(curves, ends, truth):
 def render(curves, shown, said, about, truth):
     """The page: a panel for each curve; in it the true L0, where it is known, as a bar."""
     figures = []
-    for name in (name for name in MEASURES if name in curves):
+    for name, title in [(name, MEASURES[name]) for name in MEASURES if name in curves]:
         points = [(k, float(np.mean(v)), min(v), max(v)) for k, v in curves[name].items()]
-        ends = min(p[2] for p in points), max(p[3] for p in points)
+        low, high = min(p[2] for p in points), max(p[3] for p in points)
         lines = {"mean and range of seeds": points}
-        lines |= {"true L0": [(truth["l0"], ends[0], *ends)]} if truth else {}
-        title = f"{MEASURES[name]} over k"
-        figures.append((page.dose_svg(title, "k (log scale)", MEASURES[name], lines, True), title))
+        lines |= {"true L0": [(truth["l0"], low, low, high)]} if truth else {}
+        svg = page.dose_svg(title, "k (log scale)", title, lines, log=True)
+        figures.append((svg, f"{title} over k"))
     return page.document("Choosing k", "".join([
         f'<p class="note">{page.cell(about)}</p><p>{page.cell(said)}</p>',
         page.figures_html(figures), *(page.table_html(*table) for table in shown)]))
@@ -276,15 +276,14 @@ def main(argv=None):
     args = parse_args(argv)
     found, key = sorted_runs(args.runs or train(args), args)
     curves, source, truth = measure(found, key, args)
-    ends = {name: lowest({k: [-v for v in values] for k, values in curves[name].items()}
-                         if name == "mcc" else curves[name]) for name in MEASURES if name in curves}
+    ends = {name: lowest(curves[name], name == "mcc") for name in MEASURES if name in curves}
     shown, said = tables(curves, ends, truth), conclusion(ends["masked"], args.mask, truth)
     for table in shown:
         print_table(*table)
     print(f"\n{said}")
     if args.out:
         best, flags = ends["masked"], runs.flags(args)
-        result = dict(recommended=None if best["why"] else best["at"], lowest=ends, curves=curves,
+        result = dict(recommended=best["at"] if best["sure"] else None, lowest=ends, curves=curves,
                       truth=truth, data=source.meta, runs=list(map(str, found.values())),
                       flags={k: flags[k] for k in flags.keys() - {"torch_device", "runs"}})
         with runs.replacing(args.out / "choose_l0.json", "--out") as tmp:

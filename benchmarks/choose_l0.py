@@ -109,9 +109,9 @@ def evaluate(args):
 
 # --- tables ---------------------------------------------------------------------------------------
 
-def curve(values, sign=1):
+def curve(values):
     """{k: [...]} with whole k, as JSON has none."""
-    return {int(k): [sign * v for v in of] for k, of in values.items()}
+    return {int(k): of for k, of in values.items()}
 
 def near(values, truth, factor=1.5):
     """How many are within the factor of the truth."""
@@ -125,10 +125,10 @@ def toy_verdict(tasks, toy):
     if usual:
         end, L0 = lowest(curve(usual["curves"]["0.9"]["masked"])), usual["truth"]["l0"]
         fvu = lowest(curve(usual["curves"]["0.9"]["fvu"]))
-        out["claim"] = not end["why"] and enough(near(end["by_seed"], L0), len(end["by_seed"]))
+        out["claim"] = end["sure"] and enough(near(end["by_seed"], L0), len(end["by_seed"]))
         out["fvu"] = all(k == max(curve(usual["curves"]["0.9"]["fvu"])) for k in fvu["by_seed"])
     if "-gaussian" in known:
-        out["control"] = bool(lowest(curve(known["-gaussian"]["curves"]["0.9"]["masked"]))["why"])
+        out["control"] = not lowest(curve(known["-gaussian"]["curves"]["0.9"]["masked"]))["sure"]
     if "-masked" in known:
         last = list(known["-masked"]["curves"]["0.9"]["active"].values())[-1]
         out["training"] = enough(near(last, known["-masked"]["truth"]["l0"]), len(last))
@@ -148,7 +148,7 @@ def verdict(tasks):
             f"Training: {trained_so}. Active latents at the last k near the true L0: {names('training')}."]
 
 def row(title, end, count=""):
-    return f"| {title} | {end['at']} | {' '.join(map(str, end['by_seed']))} | {count} | {end['why'] or 'minimum'} |"
+    return f"| {title} | {end['at']} | {' '.join(map(str, end['by_seed']))} | {count} | {end['verdict']} |"
 
 def rows_of(task, toy=None):
     """A row for each measure and p: where it is lowest by seed, how many are near, verdict."""
@@ -156,7 +156,7 @@ def rows_of(task, toy=None):
     for p in map(str, P):
         for name, title in choose_l0.MEASURES.items():
             if name in task["curves"][p] and (name == "masked" or p == "0.9"):
-                end = lowest(curve(task["curves"][p][name], -1 if name == "mcc" else 1))
+                end = lowest(curve(task["curves"][p][name]), name == "mcc")
                 title = f"masked FVU, p = {p}" if name == "masked" else title + ", highest" * (name == "mcc")
                 count = f"{near(end['by_seed'], L0)} of {len(end['by_seed'])}" if toy else ""
                 seen.append(row(title, end, count))
@@ -185,9 +185,9 @@ def report(args):
         if task := tasks.get(model):
             lines += ["", f"**{model}**", "", *head, *rows_of(task)]
             if covered := task.get("coverage"):
-                end, best = lowest(curve(task["curves"]["0.9"]["masked"])), lowest(curve(covered, -1))
+                end, best = lowest(curve(task["curves"]["0.9"]["masked"])), lowest(curve(covered), True)
                 good = sum(near([k], at, 2) for k, at in zip(end["by_seed"], best["by_seed"]))
-                said = "reproduced" if good >= 2 and not end["why"] else "not reproduced"
+                said = "reproduced" if good >= 2 and end["sure"] else "not reproduced"
                 lines += [row("coverage, highest", best), "", f"Othello: {said}; within a factor of 2 in {good} of "
                           f"{len(best['by_seed'])} seeds."]
     shown = [name for name in (*TOYS, *REAL) if name in tasks]

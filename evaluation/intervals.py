@@ -37,17 +37,19 @@ def holm(p):
     out[order] = np.minimum(1, worst)
     return out.tolist()
 
-def lowest(curve):
+def lowest(curve, highest=False):
     """Of {x: [value of each seed]}, x ascending: at, where the mean is lowest; by_seed, where each
-    seed is; alike, where the mean is not above that by more than its spread, largest less smallest
-    of the seeds; and why it is no minimum, or '': at an end, or on one side nowhere above that."""
-    xs, values = list(curve), np.array(list(curve.values()))                         # (n, seeds)
-    mean = values.mean(1)
-    i, why = int(mean.argmin()), ""
-    spread = np.ptp(values[i])
+    seed is; alike, where the mean is above that by no more than its spread, largest less smallest
+    of the seeds. sure: whether it is a minimum, neither at an end nor with a side that nowhere lies
+    above it by more than its spread; verdict, in words. highest: the same of a maximum."""
+    xs, values = list(curve), np.array(list(curve.values()), float) * (-1 if highest else 1)
+    mean = values.mean(1)                                                            # (n,)
+    i, kind = int(mean.argmin()), "maximum" if highest else "minimum"
+    spread, why = np.ptp(values[i]), ""
     if i in (0, len(xs) - 1):
-        why = f"no minimum: lowest at the {'last' if i else 'first'}"
+        why = f"{'highest' if highest else 'lowest'} at the {'last' if i else 'first'}"
     elif min(mean[:i].max(), mean[i + 1:].max()) - mean[i] <= spread:
-        why = "no minimum: flat on one side, within the spread over seeds"
-    return dict(at=xs[i], by_seed=[xs[j] for j in values.argmin(0)], why=why,
-                alike=[x for x, m in zip(xs, mean) if m - mean[i] <= spread])
+        why = "flat on one side, within the spread over seeds"
+    return dict(at=xs[i], by_seed=[xs[j] for j in values.argmin(0)], sure=not why,
+                alike=[x for x, m in zip(xs, mean) if m - mean[i] <= spread],
+                verdict=f"no {kind}: {why}" if why else kind)

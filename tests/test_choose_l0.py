@@ -1,5 +1,6 @@
 """applications/choose_l0.py and evaluation/masked.py: closed forms of the masked FVU, a planted dictionary, the loss by hand,
 where a curve has a minimum, commands on toys and on finished runs, bad input, and the page in a real browser."""
+import importlib
 import itertools
 import json
 import math
@@ -319,22 +320,68 @@ def test_other_data_need_no_name(tmp_path, array, monkeypatch):
         choose_l0.main([*source, "--d-sae", "24", *KS, "--seeds", "1", "--tokens", "2048"])
         assert result(tmp_path / f"runs/choose-l0-{name}")["lowest"]["fvu"]["by_seed"]
 
+# --- benchmarks/choose_l0.py ----------------------------------------------------------------------
+
+def test_the_rules_of_the_benchmark(tmp_path, monkeypatch, capsys):
+    """Verdicts by the rules of its docstring, on made-up curves: reproduced; one control that has a minimum, or two toys that
+    are off, and it is not. Tables and picture are written of what there is."""
+    bench = importlib.import_module("benchmarks.choose_l0")
+    truth = {toy: dict(l0=6.0, std=2.0, chance=0.3) for toy in bench.TOYS}
+    valley = lambda at: {k: [abs(math.log(k / at))] * 5 for k in (2, 6, 12, 20)}
+    curves = lambda lowest: {p: dict(active={k: [min(k, 7.0)] * 5 for k in (2, 6, 12, 20)}, **{
+        name: valley(20 if name == "fvu" else lowest) for name in choose_l0.MEASURES}) for p in ("0.75", "0.9")}
+    def tasks(**at):
+        out = {}
+        for toy in bench.TOYS:
+            for kind in bench.KINDS:
+                lowest = at.get(toy.replace("-", "_") + kind.replace("-", "_"), 20 if kind == "-gaussian" else 6)
+                out[toy + kind] = dict(curves=curves(lowest), truth=None if kind == "-gaussian" else truth[toy])
+        return out
+    said = lambda **at: bench.verdict(tasks(**at))
+    assert said()[0].startswith("Claim: reproduced. Near the true L0: flat, wrong, wrong-superposed, tree-24;")
+    assert said()[1].startswith("Training: reproduced") and said(tree_24=12)[0].startswith("Claim: reproduced")
+    assert said(tree_24=12, flat=12)[0].startswith("Claim: not reproduced. Near the true L0: wrong, wrong-superposed;")
+    assert said(wrong_gaussian=6)[0].startswith("Claim: not reproduced.")
+    assert bench.verdict({"flat": tasks()["flat"]}) == ["Not all of the toys have been measured: no verdict."]
+    assert bench.near([4, 9, 3.9, 9.1], 6) == 2
+    othello = {k: [2.0 - abs(math.log(k / 16))] * 3 for k in (4, 8, 16, 32)}
+    model = {p: {name: {k: [abs(math.log(k / 8))] * 3 for k in othello} for name in ("active", "masked", "fvu", "c_dec", "s_n")}
+             for p in ("0.75", "0.9")}
+    every = {task: of for task, of in tasks().items() if task.startswith("flat")} | {
+        "othello": dict(curves=model, truth=None, coverage=othello), "smollm2": dict(curves=model, truth=None)}
+    (tmp_path / "choose-l0.json").write_text(json.dumps(dict(machine="a machine", tasks=every)))
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    bench.report(None)
+    text = (tmp_path / "choose-l0.md").read_text()
+    assert "Othello: reproduced; within a factor of 2 in 3 of 3 seeds" in text and (tmp_path / "choose-l0.png").exists()
+    assert "| masked FVU, p = 0.9 | 6 | 6 6 6 6 6 | 5 of 5 | minimum |" in text and "| coverage, highest | 16 |" in text
+    assert "k 20: 7.00 (0.00)" in text and "no verdict" in text
+
+def test_gaussian_rows_have_mean_and_covariance_of_the_toy(tmp_path):
+    bench = importlib.import_module("benchmarks.choose_l0")
+    bench.gaussian("song", tmp_path / "song.npy", 20_000)
+    x, want = torch.from_numpy(np.load(tmp_path / "song.npy")), toys.Toy.preset("song").sample(20_000)[0]
+    assert x.shape == (20_000, 16) and (x.mean(0) - want.mean(0)).abs().max() < 0.05
+    assert (torch.cov(x.T) - torch.cov(want.T)).abs().max() < 0.05
+
 # --- slow -----------------------------------------------------------------------------------------
+
+FLAT = "--ks", "2", "4", "6", "8", "20", "--d-sae", "256", "--tokens", "500000"
 
 @pytest.mark.claims
 def test_masked_fvu_is_lowest_near_the_true_l0(tmp_path):
     """'flat' (5 of 256 features active): within a factor of 1.5 for each of three seeds, and a minimum; plain FVU is lowest at
-    the last k. Control: on Gaussian rows of the same covariance there is no minimum, and the masked FVU is above 0.9 at each k."""
-    ks = ["--ks", "2", "4", "6", "8", "20", "--d-sae", "256", "--tokens", "600000"]
-    choose_l0.main(["--model", "toy", "--toy", "flat", *ks, "--out", str(tmp_path / "flat")])
-    found = result(tmp_path / "flat")
-    assert found["lowest"]["masked"]["sure"] and all(5 / 1.5 <= k <= 5 * 1.5 for k in found["lowest"]["masked"]["by_seed"])
-    assert "last" in found["lowest"]["fvu"]["verdict"]
-    x = toys.Toy.preset("flat").sample(100_000, torch.Generator().manual_seed(0))[0].double()
-    value, vector = torch.linalg.eigh(torch.cov(x.T))
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double() * value.clamp_min(0).sqrt() @ vector.T
-    np.save(tmp_path / "X.npy", (noise + x.mean(0)).float().numpy())
-    choose_l0.main(["--activations", str(tmp_path / "X.npy"), *ks, "--seeds", "1", "--out", str(tmp_path / "noise")])
+    the last k."""
+    choose_l0.main(["--model", "toy", "--toy", "flat", *FLAT, "--out", str(tmp_path / "flat")])
+    found = result(tmp_path / "flat")["lowest"]
+    assert found["masked"]["sure"] and all(5 / 1.5 <= k <= 5 * 1.5 for k in found["masked"]["by_seed"])
+    assert "last" in found["fvu"]["verdict"]
+
+@pytest.mark.claims
+def test_no_minimum_without_features(tmp_path):
+    """The control: on Gaussian rows of the covariance of 'flat' no minimum, and a masked FVU above 0.9 at each k."""
+    importlib.import_module("benchmarks.choose_l0").gaussian("flat", tmp_path / "X.npy", 100_000)
+    choose_l0.main(["--activations", str(tmp_path / "X.npy"), *FLAT, "--seeds", "1", "--out", str(tmp_path / "noise")])
     found = result(tmp_path / "noise")
     assert not found["lowest"]["masked"]["sure"] and min(v[0] for v in found["curves"]["masked"].values()) > 0.9
 

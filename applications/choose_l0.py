@@ -24,8 +24,7 @@ Rule     Recommended is the k of --ks with the lowest mean over seeds of the mas
          by more than its spread there, which is the largest less the smallest of the seeds
 
 Runs stand in --out, where finished ones of the same flags are kept: the same command goes on. It
-writes choose_l0.json there. For probing see evaluate.py --probes --labels on the runs.
-Bad input costs one line and the exit code 2.
+writes choose_l0.json there. Bad input costs one line and the exit code 2.
 """
 import argparse, contextlib, io, json, sys
 from functools import partial
@@ -79,8 +78,8 @@ def parse_args(argv=None):
     if args.runs and given:
         parser.error(f"--{given[0].replace('_', '-')}: is for training; leave it out with RUN")
     ks = args.ks = sorted(args.ks or (4, 8, 16, 32, 64, 128))
-    if twice := [k for k, after in zip(ks, ks[1:]) if k == after]:
-        parser.error(f"--ks: {twice[0]} stands there twice; name each k once")
+    if len({*ks}) < len(ks):
+        parser.error(f"--ks {' '.join(map(str, ks))}: one stands there twice; name each once")
     if len(ks) < 3:
         parser.error(f"--ks: {len(ks)} of them have no minimum in between; give three or more")
     if args.html and args.html.is_dir():
@@ -184,7 +183,7 @@ def sorted_runs(paths, args):
     found, first = {}, None
     for path in paths:
         sae = SAE(path)
-        if sae.kind != "topk" or (sae.meta.get("training_architecture") or "topk") != "topk":
+        if {sae.kind, sae.meta.get("training_architecture") or "topk"} != {"topk"}:
             runs.fail(f"{path}: is not a run of topk_sae.py; leave it out")
         if sae.norm != "none":
             runs.fail(f"{path}: takes normalised inputs, which hiding changes; leave it out")
@@ -192,10 +191,9 @@ def sorted_runs(paths, args):
         about |= dict(data=data_flags(sae, args, None), d_in=sae.d_in, d_sae=sae.d_sae)
         about |= {n: sae.meta.get(n) for n in KNOWN}          # of the data that it was trained on
         first = first or about
-        for name in [*about, *first]:
-            if first.get(name) != about.get(name):
-                runs.fail(f"{path}: differs from {paths[0]} in {name.replace('_', '-')}, not only "
-                          "in k and seed; leave it out")
+        for name in [n for n in [*about, *first] if first.get(n) != about.get(n)]:
+            runs.fail(f"{path}: differs from {paths[0]} in {name.replace('_', '-')}, not only in k "
+                      "and seed; leave it out")
         spot = sae.k, sae.flags.get("seed", 0)
         if spot in found:
             runs.fail(f"{path}: has the k and the seed of {found[spot]}; leave it out")
@@ -215,8 +213,7 @@ def measure(found, key, args):
     for (k, _), path in runs.Bar(found.items(), desc="measure", unit="run"):
         sae = SAE(path).to(source.device)
         if sae.d_in != source.d_in:
-            runs.fail(f"{path}: takes D = {sae.d_in}, but {source.meta['model_name']} has "
-                      f"{source.d_in}; give the data that it was trained on")
+            runs.fail(f"{path}: takes D = {sae.d_in}, not {source.d_in}; name the data it is of")
         row, _ = metrics.reconstruction(sae, x, x.double().mean(0))
         row |= metrics.geometry(sae.t["W_dec"], sae.inputs(x[:4096]), source.scale)
         row |= dict(active=row["l0"], masked=masked_fvu(sae, x, source.mean, args.mask))
@@ -236,10 +233,11 @@ def mcc(toy, W_dec):
 
 # --- what comes out -------------------------------------------------------------------------------
 
-def conclusion(end, p, truth):
-    """What the masked FVU says, in a sentence or two."""
+def conclusion(end, active, p, truth):
+    """What the masked FVU says, in a sentence or two; active: latents a token at its lowest k."""
     said = f"Recommended k: {end['at']}, by single seeds {min(end['by_seed'])} to " \
-        f"{max(end['by_seed'])}, where the masked FVU (p = {p:g}) is lowest."
+        f"{max(end['by_seed'])}, where the masked FVU (p = {p:g}) is lowest; {active:.2f} of its " \
+        "latents are active on a token."
     if not end["sure"]:
         said = f"No k recommended: masked FVU (p = {p:g}) has {end['verdict']}, k = {end['at']}."
     return said + (f" True L0: {truth['l0']:.2f}, with a standard deviation of {truth['std']:.2f} "
@@ -277,7 +275,8 @@ def main(argv=None):
     found, key = sorted_runs(args.runs or train(args), args)
     curves, source, truth = measure(found, key, args)
     ends = {name: lowest(curves[name], name == "mcc") for name in MEASURES if name in curves}
-    shown, said = tables(curves, ends, truth), conclusion(ends["masked"], args.mask, truth)
+    active = np.mean(curves["active"][ends["masked"]["at"]])
+    shown, said = tables(curves, ends, truth), conclusion(ends["masked"], active, args.mask, truth)
     for table in shown:
         print_table(*table)
     print(f"\n{said}")

@@ -184,8 +184,8 @@ def report(args):
                     mcc = {k: np.mean(v) for k, v in curve(task["curves"]["0.9"]["mcc"]).items()}
                     at = lowest(curve(task["curves"]["0.9"]["masked"]))["at"]
                     by = min(mcc, key=lambda k: abs(np.log(k / truth["l0"])))
-                    lines += ["", f"MCC, mean of seeds: {mcc[at]:.3f} at the k of the lowest masked FVU, {at}; {mcc[by]:.3f} at {by}, "
-                              f"the nearest to the true L0; {max(mcc.values()):.3f} at most, at {max(mcc, key=mcc.get)}."]
+                    lines += ["", f"MCC, mean of seeds: {mcc[at]:.3f} at the k of the lowest masked FVU, {at}; {mcc[by]:.3f} at "
+                              f"{by}, the nearest to the true L0; {max(mcc.values()):.3f} at most, at {max(mcc, key=mcc.get)}."]
                 if kind == "-masked":
                     active = task["curves"]["0.9"]["active"]
                     lines += ["", "Active latents, mean of seeds (largest less smallest): " + "; ".join(

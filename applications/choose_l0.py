@@ -183,7 +183,7 @@ def sorted_runs(paths, args):
     found, first = {}, None
     for path in paths:
         sae = SAE(path)
-        if {sae.kind, sae.meta.get("training_architecture") or "topk"} != {"topk"}:
+        if {sae.kind, str(sae.meta.get("training_architecture") or "topk")} != {"topk"}:
             runs.fail(f"{path}: is not a run of topk_sae.py; leave it out")
         if sae.norm != "none":
             runs.fail(f"{path}: takes normalised inputs, which hiding changes; leave it out")

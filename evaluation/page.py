@@ -1,7 +1,7 @@
 """One HTML page of what evaluate.py measured. It needs no network and no server: open it from disk.
 
 `document(title, body)` is the head and foot of this page and of those of applications/, with style
-and script; dose_svg, figures_html, written_html and explained_html are for these. `render(groups)`
+and script; dose_svg, figures_html and the *_html behind it are for these. `render(groups)`
 writes, for each data set on which runs were evaluated, one dict of `groups`:
     data      what the data is: the section's heading
     tables    (title, note, header, rows of cells) each; a click on a column's name sorts by it
@@ -446,6 +446,24 @@ def hypothesis_html(h):
     return (f'<details><summary><span>{cell(h["verdict"])}</span> '
             f'{"a control: " if h["control"] else ""}<code>{visible(h["program"])}</code></summary>'
             f"<ol>{tests}</ol></details>\n")
+
+def decided_html(pairs, names):
+    """What decided pairs of reward.py; foldable. pairs: as in reward.json, with their texts; names:
+    {latent: what it detects}."""
+    text = lambda whole: "\n".join(map(visible, whole.split("\n")))
+    body = ""
+    for p in pairs:
+        adds = "".join(f'<li><span>{number(v, "+.3f")}</span><div>latent {i} '
+                       f"{cell(names.get(i) or '')}</div></li>" for i, v in p["latents"])
+        texts = "".join(f"<dt>{name}</dt><dd><code>{text(p[name])}</code></dd>\n"
+                        for name in ("prompt", "chosen", "rejected"))
+        body += (f'<details><summary><span>line {p["line"]}</span> <span>'
+                 f'{"✓" if p["margin"] > 0 else "✗"} {number(p["margin"], "+.3f")}</span> '
+                 f"{cell(p['attribute'] or '')}</summary><dl>{texts}</dl><ol>{adds}<li><span>"
+                 f'{number(p["rest"], "+.3f")}</span><div>all others</div></li></ol></details>\n')
+    return ('<h3>Held-out pairs</h3><p class="note">Of each its line in the file, its margin (✓ if '
+            "the chosen answer has the larger reward), and inside what each latent adds to the "
+            f"margin.</p>\n<div>{body}</div>\n")
 
 def document(title, body):
     """A whole page as one string, around HTML in which every text is escaped; write it as UTF-8."""

@@ -47,8 +47,8 @@ def is_of(attribute, detected):
 # --- pairs of a file ------------------------------------------------------------------------------
 
 def read(path):
-    """[pair]: with line, prompt, chosen, rejected, attribute and group (None if they are not given).
-    Fails with one line that names the line of the file."""
+    """[pair]: line, prompt, chosen, rejected, attribute and group (None if not given). Fails with
+    one line that names the line of the file."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as err:
@@ -135,7 +135,7 @@ def make(flag, names, n, text=None, seed=0):
                 if prompt not in prompts and (both := answers(code, ATTRIBUTES[name], rng)):
                     prompts.add(prompt)
                     pairs.append(dict(prompt=prompt, chosen=both[0], rejected=both[1],
-                                      attribute=name, group=path.as_posix()))
+                                      attribute=name, group="/".join(path.parts[-3:])))
                     of_file += 1
                     bar.update()
     if len(pairs) < n:

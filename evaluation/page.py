@@ -459,7 +459,7 @@ def decided_html(pairs, names):
                         for name in ("prompt", "chosen", "rejected"))
         body += (f'<details><summary><span>line {p["line"]}</span> <span>'
                  f'{"✓" if p["margin"] > 0 else "✗"} {number(p["margin"], "+.3f")}</span> '
-                 f"{cell(p['attribute'] or '')}</summary><dl>{texts}</dl><ol>{adds}<li><span>"
+                 f"{cell(p.get('attribute') or '')}</summary><dl>{texts}</dl><ol>{adds}<li><span>"
                  f'{number(p["rest"], "+.3f")}</span><div>all others</div></li></ol></details>\n')
     return ('<h3>Held-out pairs</h3><p class="note">Of each its line in the file, its margin (✓ if '
             "the chosen answer has the larger reward), and inside what each latent adds to the "

@@ -11,10 +11,10 @@ prompt is the line of the def, chosen the body as it stands, rejected the body w
     closed       without about half of the closing brackets
     indented     about half of the statements indented by a width that is no multiple of 4
     named        its own names shuffled over the places where any of them stands
-'documented+closed' is a mixture: a pair in turn of each. Both bodies are cut behind a statement,
+'documented+closed' is a mixture, half of it of each. Both bodies are cut behind a statement,
 at lengths that are drawn independently from the same range, so that length hardly tells the chosen
-one. They come from the second half of the files in the order of the harvest, which the default
-harvest does not reach; a group is a file. The same seed makes the same pairs.
+one. They come from the last two thirds of the files in the order of the harvest; the default
+harvest ends before. A group is a file. The same seed makes the same pairs.
 """
 import ast, io, json, random, re, textwrap, tokenize
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from sources.text import is_hub_dataset, text_files
 FEWEST, FEWEST_PARTS = 50, 20           # pairs of a file; prompts or groups that they come from
 HELD_OUT = 1 / 3                        # share of these whose pairs are held out
 FIELDS = "prompt", "chosen", "rejected"
-LINES, PER_FILE = (4, 60), 4            # of a function; pairs
+LINES, PER_FILE = (3, 100), 12          # of a function; pairs
 SHORTEST, LONGEST = 40, 400             # characters of an answer that is made
 
 # The classes of evaluation/roles.py that a latent of an attribute would detect, as task=class.
@@ -119,25 +119,29 @@ def is_python(text):
     return not is_hub_dataset(text) and all(p.suffix == ".py" for p in text_files(text))
 
 def make(flag, names, n, text=None, seed=0):
-    """n pairs as dicts, of the attributes `names`, in turn. Fails if the text gives fewer."""
+    """n pairs as dicts, as many of each of these attributes. Fails if the text gives fewer."""
     files = text_files(text) if is_python(text) else []
-    files, pairs, prompts = files[len(files) // 2:], [], set()
+    files, pairs, prompts = files[len(files) // 3:], [], set()
+    left = {name: n // len(names) + (i < n % len(names)) for i, name in enumerate(names)}
     rng = random.Random(seed)
     rng.shuffle(files)
     with runs.Bar(total=n, desc="make pairs", unit="pair") as bar:
         for path in files:
             of_file = 0
             for code in rng.sample(found := list(functions(path)), len(found)):
-                if of_file == PER_FILE or len(pairs) == n:
-                    break
-                name = names[len(pairs) % len(names)]
                 prompt = code.partition("\n")[0] + "\n"
-                if prompt not in prompts and (both := answers(code, ATTRIBUTES[name], rng)):
-                    prompts.add(prompt)
-                    pairs.append(dict(prompt=prompt, chosen=both[0], rejected=both[1],
-                                      attribute=name, group="/".join(path.parts[-3:])))
-                    of_file += 1
-                    bar.update()
+                if of_file == PER_FILE or prompt in prompts:
+                    continue
+                for name in sorted(left, key=left.get, reverse=True):
+                    if left[name] and (both := answers(code, ATTRIBUTES[name], rng)):
+                        prompts.add(prompt)
+                        pairs.append(dict(prompt=prompt, chosen=both[0], rejected=both[1],
+                                          attribute=name, group="/".join(path.parts[-3:])))
+                        left[name], of_file = left[name] - 1, of_file + 1
+                        bar.update()
+                        break
+            if not any(left.values()):
+                break
     if len(pairs) < n:
         runs.fail(f"{flag} {'+'.join(names)}: the text of this run gives {len(pairs)} such pairs; "
                   "use fewer --pairs, another attribute, or a run on Python files")

@@ -14,8 +14,8 @@ Pairs     evaluation/preferences.py: their file, and --make. No prompt, and no g
           a file), is in both the training and the held-out part; nor in two folds
 Read at   last: the last token, as in SARM. mean: z averaged over the answer; ours, and what follows
           the first table unless --at last: there latents speak of all tokens, whose roles are known
-Fit       penalty, L2 or L1, and its weight by cross-validation over FOLDS parts (log loss), then on
-          all training pairs; inputs divided by one number. For dense inputs L2 alone
+Fit       penalty, L2 or L1, and its weight by the accuracy in cross-validation over FOLDS parts:
+          the fewest weights within a standard error of the best. For dense inputs L2 alone
 Beside    residual: the activations. pre-activations: W_enc without the rule that makes z sparse.
           untrained: a random dictionary as sparse as the run. random encoder: its products alone
           (the paper's ablation, as we understand it). length: tokens of the answer
@@ -48,7 +48,8 @@ from evaluation.intervals import bootstrap
 from evaluation.saved import open_language_run
 from evaluation.tables import print_table
 
-C, FOLDS = (0.1, 1, 10, 100, 1000), 5
+C = dict(L2=(0.1, 1, 10, 100, 1000), L1=(0.03, 0.1, 0.3, 1, 3, 10, 30))
+REFIT, FOLDS = 100, 5
 SHOWN, OF_PAIR = 200, 8                 # held-out pairs on the page; latents of each
 COUNTS = 1, 2, 3, 5, 8, 12, 16, 24, 32  # latents kept, in the figure
 OLD = LogisticRegression().penalty == "l2"        # before scikit-learn 1.8: Python 3.10 has that
@@ -99,32 +100,36 @@ def parse_args(argv=None):
 
 def fitted(d, penalty, C):
     """w of Bradley-Terry for differences d [n, width]. To turn a pair round changes nothing in the
-    loss, and with every second one turned there are two classes, as the solver wants."""
+    loss, and with every second one turned there are two classes, as the solver wants. L1 chooses
+    the weights that are not 0; these are then fitted with a weak L2, or all would be too small."""
     sign = np.where(np.arange(len(d)) % 2, 1, -1)
     kind = dict(penalty=penalty.lower()) if OLD else dict(l1_ratio=float(penalty == "L1"))
-    solver = dict(solver="liblinear" if penalty == "L1" else "lbfgs", random_state=0, max_iter=2000)
+    solver = dict(solver="liblinear" if penalty == "L1" else "lbfgs", random_state=0, max_iter=1000)
     model = LogisticRegression(C=C, fit_intercept=False, **kind, **solver)
-    return model.fit(d * sign[:, None], sign).coef_[0]
+    w = model.fit(d * sign[:, None], sign).coef_[0]
+    if penalty == "L1" and (on := np.flatnonzero(w)).size:
+        w[on] = fitted(d[:, on], "L2", REFIT)
+    return w
 
 def bradley_terry(d, part, sparse):
     """w [width], penalty and C of a head on differences d [n, width] of pairs that hang together by
-    part [n]. Of the settings whose log loss in cross-validation is at most a standard error above
-    the lowest: the one of the fewest weights, and then of the strongest penalty."""
+    part [n]. Of the settings whose accuracy in cross-validation is at most a standard error below
+    the best: the one of the fewest weights, and of such the strongest penalty."""
     used, w = np.flatnonzero(d.any(0)), np.zeros(d.shape[1])
     if not len(used):
         return SimpleNamespace(w=w, penalty="", C=0.0)
-    scale = np.sqrt((d ** 2).sum(1).mean())
+    scale, n = np.sqrt((d ** 2).sum(1).mean()), len(d)
     d = d[:, used] / scale
-    folds, loss, size = list(GroupKFold(FOLDS).split(d, groups=part)), {}, {}
-    for setting in [(p, c) for p in (("L2", "L1") if sparse else ("L2",)) for c in C]:
-        tried = [(fitted(d[train], *setting), d[test]) for train, test in folds]
-        loss[setting] = [np.logaddexp(0, -test @ v).mean() for v, test in tried]
-        size[setting] = np.mean([np.count_nonzero(v) for v, _ in tried]) * (setting[0] == "L1")
-    best = min(loss.values(), key=np.mean)
-    most = np.mean(best) + np.std(best, ddof=1) / FOLDS ** 0.5
-    good = [setting for setting in loss if np.mean(loss[setting]) <= most]
-    l1 = [setting for setting in good if setting[0] == "L1"]
-    penalty, c = min(l1 or good, key=lambda setting: (size[setting], setting[1]))
+    folds, tried = list(GroupKFold(FOLDS).split(d, groups=part)), {}
+    for penalty, c in [(p, c) for p in (("L2", "L1") if sparse else ("L2",)) for c in C[p]]:
+        ws = [fitted(d[train], penalty, c) for train, _ in folds]
+        good = sum(right(d[test] @ v).sum() for v, (_, test) in zip(ws, folds)) / n
+        size = np.mean([np.count_nonzero(v) for v in ws]) if penalty == "L1" else len(used)
+        tried[penalty, c] = good, size
+    best = max(good for good, _ in tried.values())
+    p = (n * best + 2) / (n + 4)              # so that without a mistake the error is not 0, either
+    penalty, c = min((s for s in tried if tried[s][0] >= best - np.sqrt(p * (1 - p) / n)),
+                     key=lambda s: (tried[s][1], s[1]))
     w[used] = fitted(d, penalty, c) / scale
     return SimpleNamespace(w=w, penalty=penalty, C=c)
 

@@ -67,7 +67,7 @@ def about(sae, source, model, tokenizer, block, chosen):
     rate = torch.zeros(sae.d_sae)
     rate[chosen] = on.float().mean(0)
     found = {}
-    if preferences.is_python(source.flags.text):
+    if preferences.python_files(source.flags.text):
         text, documents = probing.documents(None)
         found = (probes.Stored("probing", sae, [*probing.facts(source), text], probing.__file__,
                                roles.__file__).result or {}).get("latents")

@@ -33,16 +33,19 @@ FIELDS = "prompt", "chosen", "rejected"
 LINES, PER_FILE = (3, 100), 12          # of a function; pairs
 SHORTEST, LONGEST = 40, 400             # characters of an answer that is made
 
-# The classes of evaluation/roles.py that a latent of an attribute would detect, as task=class.
-# Blanks have no role, so 'indented' has no class there: of it the tokens of concepts.BUILT_IN tell.
+# What a latent of an attribute would detect, as the sign of its weight and task=class of
+# evaluation/roles.py. Blanks have no role, so for 'indented' tokens of concepts.BUILT_IN tell.
 CLASSES = {
-    "documented": r"kind=(docstring|string)|lexical=string", "commented": r"(kind|lexical)=comment",
-    "closed": r"lexical=operator|depth=.*", "indented": r"token=(indent|newline)",
-    "named": r"lexical=identifier|role=.*"}
+    "documented": r"\+(kind=(docstring|string)|lexical=string)|-kind=code",
+    "commented": r"\+(kind|lexical)=comment|-kind=code",
+    "closed": r".lexical=operator|-depth=(1|2\+)|\+depth=0|.token=bracket",
+    "indented": r".token=(indent|newline)", "named": r".(lexical=identifier|role=.*)"}
 
-def is_of(attribute, detected):
-    """Is any of the detected classes, ['task=class', ...], one of the attribute?"""
-    return any(re.fullmatch(CLASSES[attribute], name) for name in detected)
+def is_of(attribute, weight, detected):
+    """Is any of the classes that a latent of this weight detects, ['task=class', ...], one of the
+    attribute?"""
+    sign = "+" if weight > 0 else "-"
+    return any(re.fullmatch(CLASSES[attribute], sign + name) for name in detected)
 
 # --- pairs of a file ------------------------------------------------------------------------------
 
@@ -114,13 +117,15 @@ def checked(flag, names):
                   "several joined by +")
     return list(dict.fromkeys(names))
 
-def is_python(text):
-    """Is --text (None: the standard library) made of Python files alone?"""
-    return not is_hub_dataset(text) and all(p.suffix == ".py" for p in text_files(text))
+def python_files(text):
+    """The files of --text (None: the standard library) in the order of the harvest, if all are
+    Python; else []."""
+    files = [] if is_hub_dataset(text) else [p for p in text_files(text) if p.suffix != ".pyc"]
+    return files if all(p.suffix == ".py" for p in files) else []
 
 def make(flag, names, n, text=None, seed=0):
     """n pairs as dicts, as many of each of these attributes. Fails if the text gives fewer."""
-    files = text_files(text) if is_python(text) else []
+    files = python_files(text)
     files, pairs, prompts = files[len(files) // 3:], [], set()
     left = {name: n // len(names) + (i < n % len(names)) for i, name in enumerate(names)}
     rng = random.Random(seed)

@@ -21,8 +21,9 @@ Beside    residual: the activations. pre-activations: W_enc without the rule tha
           (the paper's ablation, as we understand it). length: tokens of the answer
 Sure?     accuracy, ties half, with Wilson's interval; less residual: bootstrap over pairs; 95 %
 Deciding  latent i adds w_i (z_chosen - z_rejected)_i to a margin; these sum to it exactly. share:
-          |that|, averaged over held-out pairs, of all latents'. If the run's text is Python, what
-          they detect is that of evaluate.py --probes; tokens of concepts.BUILT_IN always
+          |that|, averaged over held-out pairs, of all latents'. What they detect, with an F1 of
+          0.2 or more: roles as in evaluate.py --probes, if the run's text is Python, and class,
+          inside, place and level of brackets as in evaluation/programs.py
 --edit    I=C multiplies w_I by C. How far rewards and margins move: the mean |change|. factor: of
           the attribute whose margins move most, by the mean over all other pairs
 Writes RUN/reward.json and RUN/reward_head.safetensors (w [F] for raw codes, and w_edited). Bad
@@ -42,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import runs
 from evaluation import page, preferences, probes
-from evaluation.answers import READS, Reader
+from evaluation.answers import READS, Reader, linear, untrained
 from evaluation.deciding import CARRIED, Attribution, about, accuracy, edited, moves, right
 from evaluation.intervals import bootstrap
 from evaluation.saved import open_language_run
@@ -50,6 +51,7 @@ from evaluation.tables import print_table
 
 C = dict(L2=(0.1, 1, 10, 100, 1000), L1=(0.03, 0.1, 0.3, 1, 3, 10, 30))
 REFIT, FOLDS = 100, 5
+WAYS = "SAE", "residual", "pre-activations", "untrained", "random encoder", "length"
 SHOWN, OF_PAIR = 200, 8                 # held-out pairs on the page; latents of each
 COUNTS = 1, 2, 3, 5, 8, 12, 16, 24, 32  # latents kept, in the figure
 OLD = LogisticRegression().penalty == "l2"        # before scikit-learn 1.8: Python 3.10 has that
@@ -229,12 +231,16 @@ def main(argv=None):
     if args.pair and args.pair not in at:
         runs.fail(f"--pair {args.pair}: {args.file} has no pair in this line")
     part, held = preferences.split(args.file, pairs, args.seed)
-    reader = Reader(sae, source, model, tokenizer, block, args.length)
-    inputs = reader.inputs(reader.read(args.file, pairs))
+    random, rows = untrained(sae, source)
+    reader = Reader({"SAE": sae.encode, "untrained": random}, source, model, tokenizer, block,
+                    args.length)
+    inputs = reader.read(args.file, pairs)
+    inputs |= {"pre-activations": linear(inputs["residual"], sae.t["W_enc"]),
+               "random encoder": linear(inputs["residual"], rows.T)}
     if reader.shortened:
         print(f"note: {reader.shortened} of {2 * len(pairs)} texts have more than {reader.longest} "
               "tokens (--length); their beginning is left out")
-    found = heads(inputs, part, held)
+    found = heads({way: inputs[way] for way in WAYS}, part, held)
     head, z = found["SAE", args.at], inputs["SAE"][args.at]
     a = Attribution(head, z, held, [p.attribute for p in pairs])
     features = about(sae, source, model, tokenizer, block, a.top("all", args.top))

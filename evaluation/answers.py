@@ -18,15 +18,13 @@ READS = "mean", "last"
 AT_ONCE = 4096                          # tokens, with those that fill up a batch
 
 class Reader:
-    """Reads answers for a saved SAE, and for an untrained dictionary of its size and sparsity."""
-    def __init__(self, sae, source, model, tokenizer, block, longest):
-        self.sae, self.model, self.tokenizer, self.block = sae, model, tokenizer, block
+    """Reads answers at `block`, by each of {name: encode(x [n, D]) -> [n, F]}; `longest`: tokens of
+    prompt and answer."""
+    def __init__(self, encoders, source, model, tokenizer, block, longest):
+        self.encoders, self.model, self.tokenizer, self.block = encoders, model, tokenizer, block
         self.cut, self.bos = source.meta["norm_cut"], Contexts(tokenizer, 2).bos
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
         self.longest, self.shortened = min(longest, limit), 0
-        some = sae.encode(source.heldout_raw()[:2048])
-        k = max(1, round((some > 0).sum(1).double().mean().item()))
-        self.untrained, self.random = probes.untrained(sae.d_sae, k, source.mean)
 
     def ids(self, prompt, answer):
         """(ids, where the answer begins in them)."""
@@ -39,8 +37,9 @@ class Reader:
 
     @torch.no_grad()
     def read(self, path, pairs):
-        """{input: {read: [2, n, width]}} of chosen and rejected answers, float64; input: x, SAE,
-        untrained and length. Fails, by the line of the file, where no token of an answer counts."""
+        """{input: {read: [2, n, width]}} of chosen and rejected answers, float64; input:
+        residual, the encoders' and length. Fails, by the line of the file, where no token of an
+        answer counts."""
         texts = [(p, name) for name in ("chosen", "rejected") for p in pairs]
         coded = [self.ids(p.prompt, getattr(p, name)) for p, name in texts]
         order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
@@ -77,13 +76,15 @@ class Reader:
         if not len(x):
             return None
         reads = lambda v: dict(mean=v.mean(0), last=v[-1])
-        return {"x": reads(x), "SAE": reads(self.sae.encode(x)),
-                "untrained": reads(self.untrained(x)),
+        return {"residual": reads(x), **{name: reads(f(x)) for name, f in self.encoders.items()},
                 "length": dict(mean=x.new_tensor([tokens]))}
 
-    def inputs(self, found):
-        """{way: {read: [2, n, width]}} of all ways, from what read() found."""
-        linear = lambda W: {read: v @ W.double().cpu().numpy() for read, v in found["x"].items()}
-        return {"SAE": found["SAE"], "residual": found["x"],
-                "pre-activations": linear(self.sae.t["W_enc"]), "untrained": found["untrained"],
-                "random encoder": linear(self.random.T), "length": found["length"]}
+def linear(reads, W):
+    """{read: [2, n, width]} of the products with W [D, width], from those of the residual."""
+    return {read: v @ W.double().cpu().numpy() for read, v in reads.items()}
+
+def untrained(sae, source):
+    """(encode, its rows [F, D]) of a random dictionary as sparse as the SAE is on this data."""
+    codes = sae.encode(source.heldout_raw()[:2048])
+    k = max(1, round((codes > 0).sum(1).double().mean().item()))
+    return probes.untrained(sae.d_sae, k, source.mean)

@@ -4,15 +4,18 @@ for, and what editing their weights moves.
 A head gives the reward r = w z to an answer of codes z [F], and a pair the margin w (z_chosen -
 z_rejected). Latent i adds w_i (z_chosen - z_rejected)_i to it; these sum to the margin exactly.
 """
+import re
+
 import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from evaluation import concepts, latents, preferences, probes, probing, roles
+from evaluation import concepts, latents, preferences, probes, probing, programs, roles
 from sources import lm
 
 CARRIED = 0.9                           # the share of the margins in 'so many latents carry it'
 LEAST = 0.2                             # F1 of what a latent detects, as in probes.best_classes
+ODDS = 4                                # see Places.of_attributes
 
 def right(margin):
     """1 where the chosen answer has the larger reward, ties 1/2."""
@@ -59,37 +62,89 @@ class Attribution:
         order = [j for j in np.argsort(-np.abs(row), kind="stable") if row[j]]
         return [(int(self.on[j]), float(row[j])) for j in order]
 
+# --- what latents stand for -----------------------------------------------------------------------
+
+class Places:
+    """Where the held-out tokens of a harvest stand, by the literals of evaluation/programs.py, and
+    how often each latent fires there. y {kind=value: bool [M]}, x [M, D]."""
+    def __init__(self, source, model, tokenizer):
+        ids, where = lm.heldout_tokens(source)
+        texts = concepts.token_texts(tokenizer, model.get_output_embeddings().out_features)
+        language, self.x = programs.Language(texts), source.heldout_raw()
+        used, row = np.unique(where // ids.shape[1], return_inverse=True)
+        read = language.read(ids[used]).take(row * ids.shape[1] + where % ids.shape[1])
+        self.y = {f"{literal.kind}={literal.value}": language.holds(literal, read)
+                  for literal in programs.ATTRIBUTES}
+
+    def any_of(self, pattern):
+        """bool [M]: tokens with a class that the regular expression is about."""
+        found = [y for name, y in self.y.items() if re.fullmatch(pattern, name)]
+        return np.any(found, 0) if found else np.zeros(len(self.x), bool)
+
+    @torch.no_grad()
+    def hits(self, encode, columns):
+        """(how often each latent fires [F], on how many of the tokens of each column [F, c]);
+        columns: [bool [M], ...]."""
+        Y = torch.from_numpy(np.stack([*columns, np.ones(len(self.x), bool)], 1)).float()
+        on = sum((encode(x) > 0).float().T @ y.to(x) for x, y in zip(self.x.split(2048),
+                                                                     Y.split(2048)))
+        return on[:, -1].cpu().numpy(), on[:, :-1].cpu().numpy()
+
+    def of_attributes(self, encode, names):
+        """{attribute: bool [F]}: latents of which at least half of the tokens on which they fire
+        have a class of PLACES, at odds at least ODDS times those of all tokens."""
+        columns = [self.any_of(preferences.PLACES[name]) for name in names]
+        n, hits = self.hits(encode, columns)
+        out = {}
+        for name, y, hit in zip(names, columns, hits.T):
+            p, base = hit / np.maximum(n, 1), y.mean()
+            out[name] = (p >= 0.5) & (p * (1 - base) >= ODDS * base * (1 - p)) & (n > 0)
+        return out
+
+def roles_of(sae, source, model, tokenizer, block):
+    """{task: {latent: [class, precision, recall]}} of all latents, as evaluate.py --probes has it,
+    from probes.json of the run if it is there; {} if the run's text is no Python."""
+    if not preferences.python_files(source.flags.text):
+        return {}
+    text, documents = probing.documents(None)
+    stored = probes.Stored("probing", sae, [*probing.facts(source), text], probing.__file__,
+                           roles.__file__).result
+    if stored:
+        return stored["latents"]
+    x, tasks = probing.prepare(documents, model, tokenizer, block, source.meta["norm_cut"],
+                               source.meta["context_size"])
+    return roles_on(sae.encode, x, tasks)
+
+@torch.no_grad()
+def roles_on(encode, x, tasks):
+    """The same, for x and tasks of probing.prepare."""
+    Z = probes.codes(lambda part: encode(part.float()), x)
+    return {name: probes.best_classes(Z, task.label, task.names) for name, task in tasks.items()
+            if task.share is None}
+
 @torch.no_grad()
 def about(sae, source, model, tokenizer, block, chosen):
-    """Of these latents what evaluation/latents.py says, and what they detect, the best F1 first."""
-    x, (ids, where) = source.heldout_raw(), lm.heldout_tokens(source)
-    on = torch.cat([(sae.encode(part)[:, chosen] > 0).cpu() for part in x.split(2048)])   # (M, n)
-    rate = torch.zeros(sae.d_sae)
-    rate[chosen] = on.float().mean(0)
-    found = {}
-    if preferences.python_files(source.flags.text):
-        text, documents = probing.documents(None)
-        found = (probes.Stored("probing", sae, [*probing.facts(source), text], probing.__file__,
-                               roles.__file__).result or {}).get("latents")
-        if not found:
-            x_roles, tasks = probing.prepare(documents, model, tokenizer, block,
-                                             source.meta["norm_cut"], source.meta["context_size"])
-            Z = probes.codes(lambda part: sae.encode(part.float())[:, chosen], x_roles)
-            found = {task: {str(chosen[int(i)]): best for i, best in probes.best_classes(
-                Z, t.label, t.names).items()} for task, t in tasks.items() if t.share is None}
-    texts = concepts.token_texts(tokenizer, model.get_output_embeddings().out_features)
-    found["token"] = {}
-    for name in concepts.BUILT_IN:
-        y = torch.from_numpy(concepts.named(name, texts).true(ids.ravel()[where]))
-        for i, p, r, f1 in zip(chosen, *(v.tolist() for v in probes.scores(on.T, y))):
-            before = found["token"].get(str(i), ("", 0, 0))
-            if f1 >= LEAST and f1 > latents.f1(before):
-                found["token"][str(i)] = name, p, r
+    """Of these latents what evaluation/latents.py says, and what they detect with an F1 of LEAST
+    or more, roles and places, the best first."""
+    places = Places(source, model, tokenizer)
+    found = {task: dict(best) for task, best in roles_of(
+        sae, source, model, tokenizer, block).items()}
+    n, hits = places.hits(sae.encode, list(places.y.values()))
+    for (name, y), hit in zip(places.y.items(), hits.T):
+        kind, _, value = name.partition("=")
+        for i in chosen:
+            this = value, float(hit[i] / max(n[i], 1)), float(hit[i] / max(y.sum(), 1))
+            own = found.setdefault("level" if kind == "depth" else kind, {})
+            if latents.f1(this) >= max(LEAST, latents.f1(own.get(str(i), ("", 0, 0)))):
+                own[str(i)] = this
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)
                   and any(child is block for child in m))
     detects = latents.detects(dict(probing=dict(latents=found)))
     return [f | dict(detects=detects.get(f["latent"], [])) for f in latents.features(
-        sae, x, chosen, rate, source, model, tokenizer, blocks)]
+        sae, places.x, chosen, torch.from_numpy(n / len(places.x)), source, model, tokenizer,
+        blocks)]
+
+# --- editing --------------------------------------------------------------------------------------
 
 def edited(w, edits):
     w = w.copy()

@@ -16,7 +16,7 @@ at lengths that are drawn independently from the same range, so that length hard
 one. They come from the last two thirds of the files in the order of the harvest; the default
 harvest ends before. A group is a file. The same seed makes the same pairs.
 """
-import ast, io, json, random, re, textwrap, tokenize
+import ast, io, json, random, textwrap, tokenize
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,19 +33,13 @@ FIELDS = "prompt", "chosen", "rejected"
 LINES, PER_FILE = (3, 100), 12          # of a function; pairs
 SHORTEST, LONGEST = 40, 400             # characters of an answer that is made
 
-# What a latent of an attribute would detect, as the sign of its weight and task=class of
-# evaluation/roles.py. Blanks have no role, so for 'indented' tokens of concepts.BUILT_IN tell.
-CLASSES = {
-    "documented": r"\+(kind=(docstring|string)|lexical=string)|-kind=code",
-    "commented": r"\+(kind|lexical)=comment|-kind=code",
-    "closed": r".lexical=operator|-depth=(1|2\+)|\+depth=0|.token=bracket",
-    "indented": r".token=(indent|newline)", "named": r".(lexical=identifier|role=.*)"}
-
-def is_of(attribute, weight, detected):
-    """Is any of the classes that a latent of this weight detects, ['task=class', ...], one of the
-    attribute?"""
-    sign = "+" if weight > 0 else "-"
-    return any(re.fullmatch(CLASSES[attribute], sign + name) for name in detected)
+# What a latent of an attribute would detect, as kind=class: of evaluation/roles.py, as evaluate.py
+# --probes has it (blanks have no role), and of evaluation/programs.py (blanks are somewhere, too).
+ROLES = {"documented": "kind=docstring", "commented": "(kind|lexical)=comment", "indented": "(?!)",
+         "closed": r"lexical=operator|depth=(1|2\+)", "named": "lexical=identifier|role=.*"}
+PLACES = {"documented": "inside=docstring", "commented": "inside=comment",
+          "indented": "class=(indent|newline|blank)", "closed": r"depth=(1|2\+)|class=bracket",
+          "named": "class=(word|middle of a word|underscore)"}
 
 # --- pairs of a file ------------------------------------------------------------------------------
 

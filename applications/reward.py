@@ -14,8 +14,8 @@ Pairs     evaluation/preferences.py: their file, and --make. No prompt, and no g
           a file), is in both the training and the held-out part; nor in two folds
 Read at   last: the last token, as in SARM. mean: z averaged over the answer; ours, and what follows
           the first table unless --at last: there latents speak of all tokens, whose roles are known
-Fit       penalty, L2 or L1, and its weight by the accuracy in cross-validation over FOLDS parts:
-          the fewest weights within a standard error of the best. For dense inputs L2 alone
+Fit       penalty, L2 or L1, and its weight by accuracy in cross-validation over FOLDS parts: the
+          fewest weights within 0.01, or a standard error, of the best. Of dense inputs L2 alone
 Beside    residual: the activations. pre-activations: W_enc without the rule that makes z sparse.
           untrained: a random dictionary as sparse as the run. random encoder: its products alone
           (the paper's ablation, as we understand it). length: tokens of the answer
@@ -50,7 +50,7 @@ from evaluation.saved import open_language_run
 from evaluation.tables import print_table
 
 C = dict(L2=(0.1, 1, 10, 100, 1000), L1=(0.03, 0.1, 0.3, 1, 3, 10, 30))
-REFIT, FOLDS = 100, 5
+REFIT, FOLDS, PRICE = 100, 5, 0.01     # PRICE: accuracy that few weights may cost
 WAYS = "SAE", "residual", "pre-activations", "untrained", "random encoder", "length"
 SHOWN, OF_PAIR = 200, 8                 # held-out pairs on the page; latents of each
 COUNTS = 1, 2, 3, 5, 8, 12, 16, 24, 32  # latents kept, in the figure
@@ -115,8 +115,8 @@ def fitted(d, penalty, C):
 
 def bradley_terry(d, part, sparse):
     """w [width], penalty and C of a head on differences d [n, width] of pairs that hang together by
-    part [n]. Of the settings whose accuracy in cross-validation is at most a standard error below
-    the best: the one of the fewest weights, and of such the strongest penalty."""
+    part [n]. Of the settings whose accuracy in cross-validation is at most PRICE, or a standard
+    error, below the best: the one of the fewest weights, and of such the strongest penalty."""
     used, w = np.flatnonzero(d.any(0)), np.zeros(d.shape[1])
     if not len(used):
         return SimpleNamespace(w=w, penalty="", C=0.0)
@@ -129,9 +129,8 @@ def bradley_terry(d, part, sparse):
         size = np.mean([np.count_nonzero(v) for v in ws]) if penalty == "L1" else len(used)
         tried[penalty, c] = good, size
     best = max(good for good, _ in tried.values())
-    p = (n * best + 2) / (n + 4)              # so that without a mistake the error is not 0, either
-    penalty, c = min((s for s in tried if tried[s][0] >= best - np.sqrt(p * (1 - p) / n)),
-                     key=lambda s: (tried[s][1], s[1]))
+    least = best - max(PRICE, np.sqrt(best * (1 - best) / n))
+    penalty, c = min((s for s in tried if tried[s][0] >= least), key=lambda s: (tried[s][1], s[1]))
     w[used] = fitted(d, penalty, c) / scale
     return SimpleNamespace(w=w, penalty=penalty, C=c)
 

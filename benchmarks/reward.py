@@ -27,16 +27,13 @@ settings of reward.py were chosen. Means are over mixtures and seeds; 'for a met
                   margins of the attribute move at least 3 times as far as those of the other, for at least four of the five
                   attributes, as a mean over methods; the random latents move them less than twice as far
 """
-import json, os, shutil, sys
+import json, os, re, shutil, sys
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 
 os.environ.update(TQDM_DISABLE="1")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import re
-
 import numpy as np
 
 import compare, trained
@@ -69,8 +66,9 @@ def labelled(encode, places, roles):
     names, out = list(preferences.ATTRIBUTES), {}
     out["place"] = places.of_attributes(encode, names)
     F = len(out["place"][names[0]])
-    out["role"] = {name: np.array([any(re.fullmatch(preferences.ROLES[name], f"{task}={of[str(i)][0]}")
-                                       for task, of in roles.items() if str(i) in of) for i in range(F)]) for name in names}
+    of_latent = [[f"{task}={of[str(i)][0]}" for task, of in roles.items() if str(i) in of] for i in range(F)]
+    out["role"] = {name: np.array([any(re.fullmatch(preferences.ROLES[name], label) for label in mine) for mine in of_latent])
+                   for name in names}
     return out
 
 def accuracies(found, held, attributes):
@@ -84,7 +82,8 @@ def shares(head, z, held, attributes, labels):
     a, out = deciding.Attribution(head, z, held, attributes), {}
     for name in set(attributes):
         other, = set(attributes) - {name}
-        out[name] = {kind: [float(a.share[of][labels[kind][name][a.on]].sum()) for of in (name, other)] for kind in labels}
+        out[name] = {kind: [float(a.share[of][label[name][a.on]].sum()) for of in (name, other)]
+                     for kind, label in labels.items()}
     return out
 
 def edits(head, z, held, attributes, seed):
@@ -92,18 +91,18 @@ def edits(head, z, held, attributes, seed):
     adds, out = (z[0] - z[1]) * head.w, {}
     on = np.flatnonzero(head.w)
     for name in sorted(set(attributes)):
-        own, other = (adds[~held & (attributes == n)].mean(0) for n in (name, next(n for n in attributes if n != name)))
+        own, other = (adds[~held & mine].mean(0) for mine in (attributes == name, attributes != name))
         best = on[np.argsort(-(np.abs(own) - np.abs(other))[on], kind="stable")[:N]]
         rows = {"all": held, "own": held & (attributes == name), "other": held & (attributes != name)}
         def effect(latents):
             m = deciding.moves(head.w, deciding.edited(head.w, [(i, FACTOR) for i in latents]), z, rows)
             ratio = lambda key: m["own"][key] / max(m["other"][key], 1e-9)
-            return dict(before=[m[k]["accuracy"][0] for k in ("own", "other")], after=[m[k]["accuracy"][1] for k in ("own", "other")],
-                        margins=ratio("margins"), rewards=ratio("rewards"), moved=m["own"]["margins"])
+            before, after = ([m[k]["accuracy"][i] for k in ("own", "other")] for i in (0, 1))
+            return dict(before=before, after=after, margins=ratio("margins"), rewards=ratio("rewards"))
         rng, rest = np.random.default_rng(seed), np.setdiff1d(on, best)
         draws = [effect(rng.choice(rest, min(N, len(rest)), replace=False)) for _ in range(DRAWS if len(rest) else 0)]
-        out[name] = dict(effect(best), latents=best.tolist(), random={key: float(np.mean([d[key] for d in draws], 0)) if key in (
-            "margins", "rewards", "moved") else np.mean([d[key] for d in draws], 0).tolist() for key in draws[0]} if draws else None)
+        random = {key: np.mean([d[key] for d in draws], 0).tolist() for key in draws[0]} if draws else None
+        out[name] = dict(effect(best), latents=best.tolist(), random=random)
     return out
 
 def evaluate(args):
@@ -161,11 +160,15 @@ def cell(values, form=".3f"):
     spread = f" ± {stdev(values) / len(values) ** 0.5:{form.lstrip('+')}}" if len(values) > 1 else ""
     return format(mean(values), form) + spread if values else ""
 
-def less(rows, way, base, of="all"):
-    """Differences of accuracy, a row of a run less the row 'none' of its mixture and seed: one for each."""
-    none = {(r["mixture"], r["run"]): r for r in rows if r["run"].startswith("none")}
-    return {r["run"]: [] for r in rows} and [(r["run"].rpartition("-s")[0], r["accuracy"][way][of] - none[
-        r["mixture"], "none-s" + r["run"].rpartition("-s")[2]]["accuracy"][base][of]) for r in rows if not r["run"].startswith("none")]
+def less(rows, way, base):
+    """[(method, difference of accuracy)]: each row of a run less the row 'none' of its mixture and seed."""
+    none = {(r["mixture"], r["run"].rpartition("-s")[2]): r for r in rows if r["run"].startswith("none")}
+    out = []
+    for r in rows:
+        method, _, seed = r["run"].rpartition("-s")
+        if method != "none":
+            out.append((method, r["accuracy"][way]["all"] - none[r["mixture"], seed]["accuracy"][base]["all"]))
+    return out
 
 def verdicts(rows):
     """[line]: each claim of the docstring, and whether its rule holds."""
@@ -173,8 +176,9 @@ def verdicts(rows):
         by = {m: [d for n, d in less(rows, way, base) if n == m] for m in METHODS}
         means = {m: mean(v) for m, v in by.items() if v}
         good = sum(v >= least for v in means.values())
-        return f"- {name}: {'reproduced' if good >= 5 else 'not reproduced'}; {good} of {len(means)} methods at {least:+.2f} or " \
-            f"more: " + ", ".join(f"{m} {v:+.3f}" for m, v in means.items())
+        said = ", ".join(f"{m} {v:+.3f}" for m, v in means.items())
+        holds = f"{'' if good >= 5 else 'not '}reproduced"
+        return f"- {name}: {holds}; {good} of {len(means)} methods at {least:+.2f} or more: {said}"
     runs = [r for r in rows if not r["run"].startswith("none")]
     attributes = [n for n in preferences.ATTRIBUTES if any(n in r["shares"] for r in runs)]
     of = {n: [r for r in runs if n in r["shares"]] for n in attributes}
@@ -196,7 +200,7 @@ def verdicts(rows):
         chance = mean([min(e(r)["random"]["margins"], 100) for r in of[n] if e(r)["random"]] or [0])
         good += own < 0.5 and fell <= 0.1 and ratio >= 3 and chance < 2
         said.append(f"{n} to {own:.2f}, the other by {-fell:+.2f}, {ratio:.1f} times as far (random latents {chance:.1f})")
-    out.append(f"- shift: {'reproduced' if good >= 4 else 'not reproduced'}; {good} of {len(attributes)} attributes; " + "; ".join(said))
+    out.append(f"- shift: {'' if good >= 4 else 'not '}reproduced; {good} of {len(attributes)} attributes; {'; '.join(said)}")
     return out
 
 def report(args):
@@ -208,38 +212,42 @@ def report(args):
     none, runs = ([r for r in rows if r["run"].startswith("none") == is_none] for is_none in (True, False))
     of = {m: [r for r in runs if r["run"].rpartition("-s")[0] == m] for m in METHODS}
     of = {m: group for m, group in of.items() if group}
-    lines = [f"{found['machine']}; smollm2, layer 6, L0 32; {len({r['run'] for r in runs})} runs, {len({r['mixture'] for r in runs})} "
-             f"mixtures of two attributes, {PAIRS} pairs each. Held-out accuracy; plus or minus a standard error over mixtures and "
-             "seeds. Made by benchmarks/reward.py.", "",
+    count = lambda key: len({r[key] for r in runs})
+    lines = [f"{found['machine']}; smollm2, layer 6, L0 32; {count('run')} runs, {count('mixture')} mixtures of two attributes, "
+             f"{PAIRS} pairs each. Held-out accuracy; plus or minus a standard error over mixtures and seeds. Made by "
+             "benchmarks/reward.py.", "",
              "| head | mean over the answer | last token | weights, mean | last | carry 90 % |", "|---|--:|--:|--:|--:|--:|"]
     acc = lambda group, key: cell([r["accuracy"][key]["all"] for r in group if key in r["accuracy"]])
     for m, group in of.items():
         lines.append(f"| {m} | {acc(group, 'SAE mean')} | {acc(group, 'SAE last')} | " + " | ".join(
             f"{mean(r['weights'][read] for r in group):.0f}" for read in ("mean", "last"))
             + f" | {mean(r['carry'] for r in group):.0f} |")
-    lines.append(f"| *pre-activations of these* | {acc(runs, 'pre-activations mean')} | {acc(runs, 'pre-activations last')} | | | |")
+    lines.append(" | ".join(["| *pre-activations of these*", *(acc(runs, f"pre-activations {read}") for read in ("mean", "last")),
+                             "", "", ""]) + " |")
     for way in OWN:
-        weights = [f"{mean(r['weights'][read] for r in none):.0f}" for read in ("mean", "last")] if way == "untrained" else ["", ""]
-        lines.append(f"| *{way}* | {acc(none, f'{way} mean')} | {acc(none, f'{way} last')} | {' | '.join(weights)} | "
-                     f"{f'{mean(r['carry'] for r in none):.0f}' if way == 'untrained' else ''} |".replace("{f'", ""))
+        weights = [f"{mean(r['weights'][read] for r in none):.0f}" if way == "untrained" else "" for read in ("mean", "last")]
+        carry = f"{mean(r['carry'] for r in none):.0f}" if way == "untrained" else ""
+        lines.append(" | ".join([f"| *{way}*", acc(none, f"{way} mean"), acc(none, f"{way} last"), *weights, carry]) + " |")
     lines += ["", "**By attribute** (means over methods; share: of the margins of its held-out pairs, and in brackets of the other "
-              "attribute's; edited: weights of its 5 latents turned round)", "",
-              "| attribute | accuracy, mean | residual | share of latents of place | of role | untrained, of place | accuracy edited | "
-              "the other's | margins move, times the other's | random latents | rewards move |", "|---|" + "--:|" * 10]
+              f"attribute's; edited: weights of {N} latents times {FACTOR:g}; how far margins and rewards move: times the other's)", "",
+              "| attribute | accuracy, mean | residual | share of latents of place | of role | untrained, of place | accuracy edited "
+              "| the other's | margins move | of random latents | rewards move |", "|---|" + "--:|" * 10]
     for n in [n for n in preferences.ATTRIBUTES if any(n in r["shares"] for r in runs)]:
         mine, base = ([r for r in group if n in r["shares"]] for group in (runs, none))
         share = lambda group, kind: "{:.2f} ({:.2f})".format(*(mean(r["shares"][n][kind][j] for r in group) for j in (0, 1)))
         e = [r["edits"][n] for r in mine]
-        lines.append("| " + " | ".join([n, cell([r["accuracy"]["SAE mean"][n] for r in mine]), cell(
-            [r["accuracy"]["residual mean"][n] for r in base]), share(mine, "place"), share(mine, "role"), share(base, "place"),
-            cell([v["after"][0] for v in e], ".2f"), cell([v["after"][1] for v in e], ".2f"),
-            cell([min(v["margins"], 100) for v in e], ".1f"), cell([min(v["random"]["margins"], 100) for v in e if v["random"]], ".1f"),
-            cell([min(v["rewards"], 100) for v in e], ".1f")]) + " |")
+        times = lambda key, of: cell([min(v[key], 100) for v in of], ".1f")
+        lines.append("| " + " | ".join([
+            n, cell([r["accuracy"]["SAE mean"][n] for r in mine]), cell([r["accuracy"]["residual mean"][n] for r in base]),
+            share(mine, "place"), share(mine, "role"), share(base, "place"),
+            *(cell([v["after"][j] for v in e], ".2f") for j in (0, 1)),
+            times("margins", e), times("margins", [v["random"] for v in e if v["random"]]), times("rewards", e)]) + " |")
     lines += ["", "Claims, by the rules of the docstring:", "", *verdicts(rows)]
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for ax, read in zip(axes, ("mean", "last")):
         for i, (m, group) in enumerate(of.items()):
-            ax.scatter([r["weights"][read] for r in group], [r["accuracy"][f"SAE {read}"]["all"] for r in group], s=18, label=m, color=f"C{i}")
+            ax.scatter([r["weights"][read] for r in group], [r["accuracy"][f"SAE {read}"]["all"] for r in group], s=18, label=m,
+                       color=f"C{i}")
         ax.axhline(mean(r["accuracy"][f"residual {read}"]["all"] for r in none), color="0.3", lw=0.8)
         ax.set(title="mean over the answer" if read == "mean" else "last token", xscale="log", xlabel="weights of the head")
     axes[0].set_ylabel("held-out accuracy (line: residual)")

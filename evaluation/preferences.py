@@ -30,7 +30,7 @@ from sources.text import is_hub_dataset, text_files
 FEWEST, FEWEST_PARTS = 50, 20           # pairs of a file; prompts or groups that they come from
 HELD_OUT = 1 / 3                        # share of these whose pairs are held out
 FIELDS = "prompt", "chosen", "rejected"
-LINES, PER_FILE = (3, 100), 12          # of a function; pairs
+LINES = 3, 100                          # of a function
 SHORTEST, LONGEST = 40, 400             # characters of an answer that is made
 
 # What a latent of an attribute would detect, as kind=class: of evaluation/roles.py, as evaluate.py
@@ -122,14 +122,14 @@ def make(flag, names, n, text=None, seed=0):
     files = python_files(text)
     files, pairs, prompts = files[len(files) // 3:], [], set()
     left = {name: n // len(names) + (i < n % len(names)) for i, name in enumerate(names)}
-    rng = random.Random(seed)
+    rng, per_file = random.Random(seed), min(12, max(2, n // 50))
     rng.shuffle(files)
     with runs.Bar(total=n, desc="make pairs", unit="pair") as bar:
         for path in files:
             of_file = 0
             for code in rng.sample(found := list(functions(path)), len(found)):
                 prompt = code.partition("\n")[0] + "\n"
-                if of_file == PER_FILE or prompt in prompts:
+                if of_file == per_file or prompt in prompts:
                     continue
                 for name in sorted(left, key=left.get, reverse=True):
                     if left[name] and (both := answers(code, ATTRIBUTES[name], rng)):

@@ -11,8 +11,9 @@ a mixture and seed. Of the head at the mean, for each of its two attributes:
     of role    share of the held-out margins that is carried by latents whose role (evaluate.py --probes, F1 of 0.2) is of the
                attribute; of place: by latents at least half of whose tokens are where the attribute is (Places.of_attributes);
                both beside the same latents' share of the other attribute's margins, and beside that of an untrained dictionary
-    edited     the N latents that add most to its training margins less what they add to the other's, in size; their weights
-               times FACTOR. Beside it as many of the head's other latents, drawn at random DRAWS times
+    edited     at most N latents: those that add more to its mean training margin than to the other's, in size, and of these
+               the first by that difference; their weights times FACTOR. Beside it as many of the head's other latents, drawn
+               at random DRAWS times
 
 Stated before this table was measured, when trials with one run (TopK, seed 0, 'documented+closed') had been seen, in which the
 settings of reward.py were chosen. Means are over mixtures and seeds; 'for a method' is for the mean of its runs.
@@ -91,8 +92,8 @@ def edits(head, z, held, attributes, seed):
     adds, out = (z[0] - z[1]) * head.w, {}
     on = np.flatnonzero(head.w)
     for name in sorted(set(attributes)):
-        own, other = (adds[~held & mine].mean(0) for mine in (attributes == name, attributes != name))
-        best = on[np.argsort(-(np.abs(own) - np.abs(other))[on], kind="stable")[:N]]
+        own, other = (np.abs(adds[~held & mine].mean(0))[on] for mine in (attributes == name, attributes != name))
+        best = [on[j] for j in np.argsort(other - own, kind="stable")[:N] if own[j] > other[j]]
         rows = {"all": held, "own": held & (attributes == name), "other": held & (attributes != name)}
         def effect(latents):
             m = deciding.moves(head.w, deciding.edited(head.w, [(i, FACTOR) for i in latents]), z, rows)
@@ -100,9 +101,9 @@ def edits(head, z, held, attributes, seed):
             before, after = ([m[k]["accuracy"][i] for k in ("own", "other")] for i in (0, 1))
             return dict(before=before, after=after, margins=ratio("margins"), rewards=ratio("rewards"))
         rng, rest = np.random.default_rng(seed), np.setdiff1d(on, best)
-        draws = [effect(rng.choice(rest, min(N, len(rest)), replace=False)) for _ in range(DRAWS if len(rest) else 0)]
+        draws = [effect(rng.choice(rest, min(len(best), len(rest)), replace=False)) for _ in range(DRAWS if len(rest) else 0)]
         random = {key: np.mean([d[key] for d in draws], 0).tolist() for key in draws[0]} if draws else None
-        out[name] = dict(effect(best), latents=best.tolist(), random=random)
+        out[name] = dict(effect(best), latents=[int(i) for i in best], random=random)
     return out
 
 def evaluate(args):

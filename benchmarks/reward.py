@@ -230,8 +230,8 @@ def report(args):
         carry = f"{mean(r['carry'] for r in none):.0f}" if way == "untrained" else ""
         lines.append(" | ".join([f"| *{way}*", acc(none, f"{way} mean"), acc(none, f"{way} last"), *weights, carry]) + " |")
     lines += ["", "**By attribute** (means over methods; share: of the margins of its held-out pairs, and in brackets of the "
-              f"other attribute's; edited: weights of at most {N} latents times {FACTOR:g}; margins, rewards: how far they move, times "
-              "the other's)", "", "| attribute | accuracy, mean | residual | share of latents of place | of role | untrained, of "
+              f"other attribute's; edited: weights of at most {N} latents times {FACTOR:g}; margins, rewards: how far they move, "
+              "times the other's)", "", "| attribute | accuracy, mean | residual | share of latents of place | of role | untrained, of "
               "place | accuracy edited | the other's | margins move | of random latents | rewards move |", "|---|" + "--:|" * 10]
     for n in [n for n in preferences.ATTRIBUTES if any(n in r["shares"] for r in runs)]:
         mine, base = ([r for r in group if n in r["shares"]] for group in (runs, none))

@@ -122,14 +122,14 @@ def make(flag, names, n, text=None, seed=0):
     files = python_files(text)
     files, pairs, prompts = files[len(files) // 3:], [], set()
     left = {name: n // len(names) + (i < n % len(names)) for i, name in enumerate(names)}
-    rng, per_file = random.Random(seed), min(12, max(2, n // 50))
+    rng = random.Random(seed)
     rng.shuffle(files)
     with runs.Bar(total=n, desc="make pairs", unit="pair") as bar:
-        for path in files:
-            of_file = 0
+        for path, most in [(path, most) for most in (max(2, n // 50), n) for path in files]:
+            of_file = 0                           # a few of each file; only if need be, all of it
             for code in rng.sample(found := list(functions(path)), len(found)):
                 prompt = code.partition("\n")[0] + "\n"
-                if of_file == per_file or prompt in prompts:
+                if of_file == most or prompt in prompts:
                     continue
                 for name in sorted(left, key=left.get, reverse=True):
                     if left[name] and (both := answers(code, ATTRIBUTES[name], rng)):

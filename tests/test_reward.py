@@ -84,6 +84,7 @@ def test_a_change_by_hand():
 
 def test_a_mixture_has_as_many_of_each(some):
     made = preferences.make("--make", ["documented", "closed", "named"], 62, some)
+    assert len({p["group"] for p in made}) >= 10
     assert sorted(sum(p["attribute"] == n for p in made) for n in ("documented", "closed", "named")) == [20, 21, 21]
 
 def lines(n, **changed):

@@ -201,7 +201,8 @@ def pair_table(p, i, a, detects):
             "sum of these", ["latent", "adds", "detects"], rows)
 
 def render(args, shown, a, pairs, of_pairs, features):
-    lines = {name: [(n, *accuracy(a.kept(n, own))) for n in COUNTS]
+    counts = [n for n in COUNTS if n <= max(1, len(a.on))]
+    lines = {name: [(n, *accuracy(a.kept(n, own))) for n in counts]
              for name, own in list(a.rows.items())[:6]}
     figure = page.dose_svg("Accuracy of so many latents alone", "latents of the largest share",
                            "accuracy on held-out pairs", lines)

@@ -1,5 +1,6 @@
 """applications/reward.py: pairs made with a reason, split and refused; a planted latent that a head finds; attribution and
 edits against plain sums; answers read in batches against one by one; the command and its page in a real browser."""
+import importlib
 import json
 import re
 import shutil
@@ -359,3 +360,36 @@ def test_runs_without_text_are_refused(tmp_path, array, preferred, one_line):
     W = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
     run = save(tmp_path / "run", W, W.T, flags=dict(activations=str(array[0])))
     one_line(lambda: reward.main([str(run), str(preferred[1])]), str(run), "arrays")
+
+@pytest.mark.claims
+def test_a_run_on_a_stream(planted_model, preferred, tmp_path):
+    folder, flags = planted_model
+    (tmp_path / "t.txt").write_text("\n".join([(folder / "t.txt").read_text()] * 20))
+    run = dictionary(tmp_path / "run", dict(flags, stream=True, buffer=2000, text=str(tmp_path / "t.txt")))
+    reward.main([str(run), str(preferred[1]), "--at", "last"])
+    found = json.loads((run / "reward.json").read_text())
+    assert len(found["heads"]) == 11 and found["latents"]
+
+# --- benchmarks/reward.py -------------------------------------------------------------------------
+
+def test_verdicts_of_the_benchmark():
+    """Rows of hand: all claims hold; and each fails alone where its number is changed."""
+    bench = importlib.import_module("benchmarks.reward")
+    def rows(sae=0.97, last=0.95, place=(0.6, 0.2), role=(0.7, 0.1), after=(0.3, 0.9), margins=4.0, random=1.0):
+        both, out = ["documented", "commented", "closed", "indented", "named"], []
+        labels = dict(place=list(place), role=list(role))
+        edit = dict(before=[0.97, 0.97], after=list(after), margins=margins, rewards=1.0, random=dict(margins=random))
+        for seed in "012":
+            every = [f"none-s{seed}", *(f"{m}-s{seed}" for m in bench.METHODS)]
+            for run in every:
+                accuracy = {"SAE mean": sae, "SAE last": last, "residual mean": 0.98, "residual last": 0.96, "untrained last": 0.9}
+                out.append(dict(mixture="x", run=run, accuracy={k: dict(all=v) for k, v in accuracy.items()},
+                                shares=dict.fromkeys(both, labels), edits=dict.fromkeys(both, edit)))
+        return out
+    said = lambda **changed: ["not" not in line.split(";")[0] for line in bench.verdicts(rows(**changed))]
+    assert said() == [True] * 6
+    for changed, wrong in (dict(sae=0.955), 0), (dict(last=0.935), 1), (dict(place=(0.4, 0.1)), 3), (dict(place=(0.6, 0.35)), 3), (
+            dict(role=(0.4, 0.1)), 4), (dict(after=(0.55, 0.9)), 5), (dict(after=(0.3, 0.8)), 5), (dict(margins=2.5), 5), (
+            dict(random=2.5), 5):
+        assert said(**changed) == [i != wrong for i in range(6)], changed
+    assert said(last=0.91) == [True, False, False, True, True, True]

@@ -27,7 +27,7 @@ from sklearn.model_selection import GroupShuffleSplit
 import runs
 from sources.text import is_hub_dataset, text_files
 
-FEWEST, FEWEST_PARTS = 50, 20           # pairs of a file; prompts or groups that they come from
+FEWEST, FEWEST_PARTS = 50, 10           # pairs of a file; prompts or groups that they come from
 HELD_OUT = 1 / 3                        # share of these whose pairs are held out
 FIELDS = "prompt", "chosen", "rejected"
 LINES = 3, 100                          # of a function

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from applications import reward
-from evaluation import answers, deciding, page, preferences
+from conftest import random_lm
+from evaluation import answers, deciding, preferences, probing
 from sources import lm
 from test_evaluate import save
 from test_page import CROSSING, ODD, OUTSIDE, Tags, started                 # noqa: F401 (a fixture)
@@ -369,6 +370,32 @@ def test_a_run_on_a_stream(planted_model, preferred, tmp_path):
     reward.main([str(run), str(preferred[1]), "--at", "last"])
     found = json.loads((run / "reward.json").read_text())
     assert len(found["heads"]) == 11 and found["latents"]
+
+@pytest.mark.claims
+def test_pairs_are_made_and_used(text, some, tmp_path, capsys, monkeypatch):
+    """On a random model that reads Python, from --make to the page; the roles of latents are those of evaluate.py."""
+    monkeypatch.setattr(probing, "TOKENS", 2 ** 14)
+    tiny_lm = random_lm("gpt2", tmp_path, text)
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(32, 64, generator=g)
+    (tmp_path / "cache").mkdir()
+    run = save(tmp_path / "run", W, W.T, torch.full((64,), -2.0), flags=dict(
+        model=str(tiny_lm), text=some, layer=2, context=32, cache_dir=str(tmp_path / "cache")))
+    argv = [str(run), str(tmp_path / "p.jsonl"), "--html", str(tmp_path / "p.html")]
+    reward.main([*argv, "--make", "documented+closed", "--pairs", "100", "--seed", "1"])
+    pairs = preferences.read(tmp_path / "p.jsonl")
+    assert len(pairs) == 100 and {p.attribute for p in pairs} == {"documented", "closed"} and "By attribute" in capsys.readouterr().out
+    found = json.loads((run / "reward.json").read_text())
+    assert set(found["carry"]) == {"all", "documented", "closed"}
+    heads = {(h["way"], h["read"]): h for h in found["heads"]}
+    assert heads["residual", "mean"]["accuracy"][0] > 0.6
+    sae, source, *model = reward.open_language_run(run, reward.parse_args(argv[:2]))
+    roles = deciding.roles_of(sae, source, *model)
+    assert "lexical" in roles
+    for f in found["latents"]:
+        for kind, name, p, r in f["detects"]:
+            assert kind not in roles or roles[kind][str(f["latent"])] == [name, p, r]
+    Tags((tmp_path / "p.html").read_text())
 
 # --- benchmarks/reward.py -------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ Beside    residual: the activations. pre-activations: W_enc without the rule tha
 Sure?     accuracy, ties half, with Wilson's interval; less residual: bootstrap over pairs; 95 %
 Deciding  latent i adds w_i (z_chosen - z_rejected)_i to a margin; these sum to it exactly. share:
           |that|, averaged over held-out pairs, of all latents'. What they detect, with an F1 of
-          0.2 or more: roles as in evaluate.py --probes, if the run's text is Python, and class,
-          inside, place and level of brackets as in evaluation/programs.py
+          0.2 or, if they are rarer than that, at least precisely: roles as in evaluate.py --probes,
+          if the run's text is Python; class, inside, place, level of evaluation/programs.py
 --edit    I=C multiplies w_I by C. How far rewards and margins move: the mean |change|. factor: of
           the attribute whose margins move most, by the mean over all other pairs
 Writes RUN/reward.json and RUN/reward_head.safetensors (w [F] for raw codes, and w_edited). Bad

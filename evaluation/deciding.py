@@ -15,7 +15,7 @@ from sources import lm
 
 CARRIED = 0.9                           # the share of the margins in 'so many latents carry it'
 LEAST = 0.2                             # F1 of what a latent detects, as in probes.best_classes
-ODDS = 4                                # see Places.of_attributes
+ODDS = 4                                # see Places.of_attributes, about
 
 def right(margin):
     """1 where the chosen answer has the larger reward, ties 1/2."""
@@ -125,7 +125,8 @@ def roles_on(encode, x, tasks):
 @torch.no_grad()
 def about(sae, source, model, tokenizer, block, chosen):
     """Of these latents what evaluation/latents.py says, and what they detect with an F1 of LEAST
-    or more, roles and places, the best first."""
+    or more, roles and places, the best first; a latent that is too rare for that, or has no such
+    class: the place of at least half of its tokens at the largest odds."""
     places = Places(source, model, tokenizer)
     found = {task: dict(best) for task, best in roles_of(
         sae, source, model, tokenizer, block).items()}
@@ -137,6 +138,15 @@ def about(sae, source, model, tokenizer, block, chosen):
             own = found.setdefault("level" if kind == "depth" else kind, {})
             if latents.f1(this) >= max(LEAST, latents.f1(own.get(str(i), ("", 0, 0)))):
                 own[str(i)] = this
+    base = np.array([y.mean() for y in places.y.values()])
+    for i in chosen:
+        if not any(str(i) in of for of in found.values()):
+            odds = (hits[i] + 1) / (n[i] - hits[i] + 1) * (1 - base) / np.maximum(base, 1e-9)
+            j = int(np.where(hits[i] >= 0.5 * max(n[i], 1), odds, 0).argmax())
+            kind, _, value = list(places.y)[j].partition("=")
+            if odds[j] >= ODDS and 2 * hits[i][j] >= n[i] > 0:
+                found["level" if kind == "depth" else kind][str(i)] = (
+                    value, float(hits[i][j] / n[i]), float(hits[i][j] / (base[j] * len(places.x))))
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)
                   and any(child is block for child in m))
     detects = latents.detects(dict(probing=dict(latents=found)))

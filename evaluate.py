@@ -19,7 +19,6 @@ cannot be measured costs one line and the exit code 2; the others are measured a
 record paths as they were given: evaluate them from the folder where they were trained, or name the
 data.
 """
-import datetime, json
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,7 @@ import runs
 from evaluation import cones, metrics, monosemanticity, page
 from evaluation.known import Known
 from evaluation.latents import chosen, detects, features, print_features
-from evaluation.probes import without_nan
-from evaluation.saved import SAE, data_flags, open_data
+from evaluation.saved import SAE, data_flags, open_data, write_page, write_result
 from evaluation.tables import agreement, plot, print_table, tables
 from othello import boards
 from sources import lm
@@ -180,9 +178,7 @@ def evaluate_group(key, saes, args):
     for table in shown:
         print_table(*table)
     for sae, row, (rate, _, total) in measured:
-        row.update(data=source.meta, evaluated=str(datetime.date.today()), torch=torch.__version__)
-        text_of_row = json.dumps(without_nan(row), indent=1, allow_nan=False)
-        attempt(write, sae.path / "evaluation.json", text_of_row, "run directory")
+        attempt(write_result, sae.path / "evaluation.json", row, source)
         detected = detects(row)
         if text and (latents := attempt(chosen, sae, args, rate, total, detected)):
             row["features"] = list(features(sae, x, latents, rate, source, model, tokenizer,
@@ -196,11 +192,6 @@ def evaluate_group(key, saes, args):
                 print_features(sae, row["features"])
     where = f"{name}, layer {layer}, text sha256 {text[:8]}" if text else name
     return dict(data=f"{where}, {len(x):,} held-out tokens", tables=shown, rows=rows)
-
-def write(path, text, flag):
-    with runs.replacing(path, flag) as tmp:
-        tmp.write_text(text, encoding="utf-8")
-    return path
 
 def main(argv=None):
     FAILED.clear()
@@ -217,8 +208,7 @@ def main(argv=None):
     if args.consistency and not any("consistency" in row for row in rows):
         attempt(runs.fail, "--consistency: no two of these runs differ in --seed alone; add some")
     if args.html and done:
-        if attempt(write, args.html, page.render(done), "--html"):
-            print(f"\npage: {args.html}")
+        attempt(write_page, args.html, page.render(done))
     if args.plot and done and attempt(plot, done, args.plot):
         print(f"plot: {args.plot}")
     raise SystemExit(2 if FAILED else 0)

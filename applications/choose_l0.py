@@ -26,7 +26,7 @@ Rule     Recommended is the k of --ks with the lowest mean over seeds of the mas
 Runs stand in --out, where finished ones of the same flags are kept: the same command goes on. It
 writes choose_l0.json there. Bad input costs one line and the exit code 2.
 """
-import argparse, contextlib, io, json, sys
+import argparse, contextlib, io, sys
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import runs
 import topk_sae
-from evaluation import metrics, page, probes
+from evaluation import metrics, page
 from evaluation.intervals import lowest
 from evaluation.masked import basis, masked_fvu, seen
-from evaluation.saved import DATA_FLAGS, SAE, data_flags, open_data
+from evaluation.saved import (DATA_FLAGS, SAE, data_flags, open_data, write_page,
+                              write_result)
 from evaluation.tables import print_table
 
 ROWS = 16384                            # held-out tokens, evenly spaced, that are measured
@@ -281,17 +282,13 @@ def main(argv=None):
         print_table(*table)
     print(f"\n{said}")
     if args.out:
-        best, flags = ends["masked"], runs.flags(args)
+        best = ends["masked"]
         result = dict(recommended=best["at"] if best["sure"] else None, lowest=ends, curves=curves,
-                      truth=truth, data=source.meta, runs=list(map(str, found.values())),
-                      flags={k: flags[k] for k in flags.keys() - {"torch_device", "runs"}})
-        with runs.replacing(args.out / "choose_l0.json", "--out") as tmp:
-            tmp.write_text(json.dumps(probes.without_nan(result), indent=1, allow_nan=False))
+                      truth=truth, runs=list(map(str, found.values())))
+        write_result(args.out / "choose_l0.json", result, source, args, "--out")
     if args.html:
-        text = render(curves, shown, said, f"{source.meta['model_name']}, {len(found)} runs", truth)
-        with runs.replacing(args.html, "--html") as tmp:
-            tmp.write_text(text, encoding="utf-8")
-        print(f"page: {args.html}")
+        about = f"{source.meta['model_name']}, {len(found)} runs"
+        write_page(args.html, render(curves, shown, said, about, truth))
 
 if __name__ == "__main__":
     with runs.one_line_errors():

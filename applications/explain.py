@@ -29,7 +29,7 @@ Beside it  passive: the program of the best r on the exemplars, no experiments; 
            exemplars' firing tokens; chance: the passive program of another latent.
 Writes RUN/explanations.json, with every test. Bad input costs one line and the exit code 2.
 """
-import json, sys
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,14 +38,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import runs
-from evaluation import llm, page, probes
+from evaluation import llm, page
 from evaluation.concepts import Codes
 from evaluation.evidence import EXEMPLARS, Evidence
 from evaluation.experiments import open_lab
 from evaluation.intervals import bootstrap, sign_flip
 from evaluation.predicting import frequent, passive, scores
 from evaluation.programs import Program
-from evaluation.saved import open_language_run
+from evaluation.saved import open_language_run, write_page, write_result
 from evaluation.tables import print_table
 
 BACKGROUND, FOUND, TESTS = 200, 12, 8
@@ -262,23 +262,18 @@ def main(argv=None):
                   "contexts read; choose one that fires more often, or use more --cache-tokens")
     if client:
         mind = llm.Mind(client, lab.encode, mind)
-    found, flags = [], {k: v for k, v in runs.flags(args).items() if k != "torch_device"}
+    found = []
     for i in runs.Bar(list(dict.fromkeys(args.latents or run.chosen(args.count))), desc="explain",
                       unit="latent"):
         found.append(run.explained(i, mind, args.rounds, args.seed))
-        result = dict(latents=found, data=opened[0].meta, flags=flags)
-        with runs.replacing(args.run / "explanations.json", "run directory") as tmp:
-            tmp.write_text(json.dumps(probes.without_nan(result), indent=1, allow_nan=False))
+        write_result(args.run / "explanations.json", dict(latents=found), opened[0], args)
     shown = tables(found)
     for table in shown:
         print_table(*table)
     if args.html:
-        text = page.document("Explanations", "".join([
+        write_page(args.html, page.document("Explanations", "".join([
             f'<p class="note">{page.cell(args.run)}</p>', *(page.table_html(*t) for t in shown),
-            page.explained_html(found)]))
-        with runs.replacing(args.html, "--html") as tmp:
-            tmp.write_text(text, encoding="utf-8")
-        print(f"\npage: {args.html}")
+            page.explained_html(found)])))
 
 if __name__ == "__main__":
     with runs.one_line_errors():

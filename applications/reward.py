@@ -42,11 +42,11 @@ from sklearn.model_selection import GroupKFold
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import runs
-from evaluation import page, preferences, probes
+from evaluation import page, preferences
 from evaluation.answers import READS, Reader, linear, untrained
 from evaluation.deciding import CARRIED, Attribution, about, accuracy, edited, moves, right
 from evaluation.intervals import bootstrap
-from evaluation.saved import open_language_run
+from evaluation.saved import open_language_run, write_page, write_result
 from evaluation.tables import print_table
 
 C = dict(L2=(0.1, 1, 10, 100, 1000), L1=(0.03, 0.1, 0.3, 1, 3, 10, 30))
@@ -261,19 +261,14 @@ def main(argv=None):
             latent=f["latent"], weight=float(head.w[f["latent"]]), rate=f["rate"],
             share={n: float(s[np.searchsorted(a.on, f["latent"])]) for n, s in a.share.items()},
             detects=f["detects"]) for f in features],
-        edits=moved, pairs=of_pairs, data=source.meta,
-        flags={k: v for k, v in runs.flags(args).items() if k != "torch_device"})
-    with runs.replacing(args.run / "reward.json", "run directory") as tmp:
-        tmp.write_text(json.dumps(probes.without_nan(result), allow_nan=False))
+        edits=moved, pairs=of_pairs)
+    write_result(args.run / "reward.json", result, source, args)
     tensors = dict(w=head.w) | (dict(w_edited=new) if args.edit else {})
     with runs.replacing(args.run / "reward_head.safetensors", "run directory") as tmp:
         save_file({name: torch.from_numpy(w) for name, w in tensors.items()}, tmp,
                   dict(at=args.at, penalty=head.penalty, C=str(head.C), pairs=str(args.file)))
     if args.html:
-        text = render(args, shown, a, pairs, of_pairs, features)
-        with runs.replacing(args.html, "--html") as tmp:
-            tmp.write_text(text, encoding="utf-8")
-        print(f"\npage: {args.html}")
+        write_page(args.html, render(args, shown, a, pairs, of_pairs, features))
 
 if __name__ == "__main__":
     with runs.one_line_errors():

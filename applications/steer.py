@@ -30,7 +30,7 @@ Sure?     Intervals: bootstrap over prompts (95 %), weights of the doses fixed. 
           of this command. A latent 'steers' if that p is below 0.05 and the difference above 0
 Writes RUN/steering.json. Bad input costs one line and the exit code 2.
 """
-import json, sys
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,10 +39,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import runs
-from evaluation import concepts, page, probes
+from evaluation import concepts, page
 from evaluation.generate import Writer, by_prompt, distinct, prompts
 from evaluation.intervals import bootstrap, holm, sign_flip
-from evaluation.saved import open_language_run
+from evaluation.saved import open_language_run, write_page, write_result
 from evaluation.tables import print_table
 from sources.text import Contexts
 
@@ -269,15 +269,11 @@ def main(argv=None):
     shown = tables(e, scores, rows)
     for table in shown:
         print_table(*table)
-    flags = {k: v for k, v in runs.flags(args).items() if k != "torch_device"}
-    result = dict(concept=e.concept.name, latents=scores, ways=rows, data=source.meta, flags=flags)
-    with runs.replacing(args.run / "steering.json", "run directory") as tmp:
-        tmp.write_text(json.dumps(probes.without_nan(result), indent=1, allow_nan=False))
+    result = dict(concept=e.concept.name, latents=scores, ways=rows)
+    write_result(args.run / "steering.json", result, source, args)
     if args.html:
-        text = render(e, str(args.run), shown, rows, ways, ends, f"latent {latents[0]}")
-        with runs.replacing(args.html, "--html") as tmp:
-            tmp.write_text(text, encoding="utf-8")
-        print(f"\npage: {args.html}")
+        write_page(args.html, render(e, str(args.run), shown, rows, ways, ends,
+                                     f"latent {latents[0]}"))
 
 if __name__ == "__main__":
     with runs.one_line_errors():

@@ -1,11 +1,12 @@
 """Saved SAEs, and the data that they are measured on: what evaluate.py and its like start from."""
-import argparse, json
+import argparse, datetime, json
 from pathlib import Path
 
 import torch
 
 import data
 import runs
+from evaluation.probes import without_nan
 from sources import lm
 
 DATA_FLAGS = ("model", "layer", "text", "context", "cache_tokens", "stream", "buffer",
@@ -165,3 +166,23 @@ def open_language_run(path, args):
         runs.fail(f"--model {flags['model']}: its files have no head that gives the next token, so "
                   "it cannot write; use the causal language model that it is a part of")
     return sae.to(source.device), source, model, tokenizer, blocks[flags["layer"]]
+
+# --- what was measured ----------------------------------------------------------------------------
+
+def write(path, text, flag):
+    """Write a file as a whole or not at all; flag: what an error says of its path."""
+    with runs.replacing(path, flag) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+    return path
+
+def write_result(path, result, source, args=None, flag="run directory"):
+    """Write a dict as JSON, with the data, the date and torch's version, and the flags of args."""
+    result.update(data=source.meta, evaluated=str(datetime.date.today()), torch=torch.__version__)
+    if args:
+        given = runs.flags(args)
+        result["flags"] = {k: given[k] for k in given.keys() - {"torch_device", "runs"}}
+    return write(path, json.dumps(without_nan(result), indent=1, allow_nan=False), flag)
+
+def write_page(path, text):
+    write(path, text, "--html")
+    print(f"\npage: {path}")

@@ -245,7 +245,8 @@ def hooked(tmp_path, line):
 
 def test_ctrl_c_before_the_loop(tmp_path):
     """While data are made ready: one line, exit code 130, no run directory."""
-    path = hooked(tmp_path, "data.open_source = lambda *args: signal.raise_signal(signal.SIGINT)")
+    path = hooked(tmp_path, "signal.signal(signal.SIGINT, signal.default_int_handler)\n"   # which a job in the background lacks
+                  "data.open_source = lambda *args: signal.raise_signal(signal.SIGINT)")
     job = subprocess.run([sys.executable, path, "--model", "toy", "--out", tmp_path / "run"], text=True,
                          capture_output=True)
     assert job.returncode == 130 and job.stderr == "stopped; what was saved before is intact\n", job.stderr

@@ -21,10 +21,9 @@ from sources.toy import Toy
 
 def check(path):
     ours, theirs = saved.SAE(path), SAE.load_from_disk(path)
-    args = argparse.Namespace(**{k: Path(v) if k in ("cache_dir", "activations", "context_ids") and v else v
-                                 for k, v in ours.flags.items()})
-    source = data.open_source(args, torch.device("cpu"))
-    x = source.heldout()[:4096] / source.scale + source.mean
+    flags = data.ArgumentParser("").parse_args([])
+    flags.torch_device = torch.device("cpu")
+    x = saved.open_data(saved.data_flags(ours, flags, None), [ours], flags).heldout_raw()[:4096]
     with torch.no_grad():
         z, x_hat = ours.both(x)
         z_theirs = theirs.encode(x)

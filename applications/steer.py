@@ -168,7 +168,8 @@ def steer(ranked, e, latents, args):
         down = e.climb(e.along(ranked.row(first)), sign=-1)
         bar.update()
         for i in latents:
-            ways[f"latent {i}"] = down[::-1] * (i == first) + e.climb(e.along(ranked.row(i)))
+            up = e.climb(e.along(ranked.row(i)))
+            ways[f"latent {i}"] = down[::-1] + up if i == first else up
             bar.update()
         ways[f"latent {first} clamped"] = [e.try_(ranked.clamp(first)(0), 0),
                                            *e.climb(ranked.clamp(first))]

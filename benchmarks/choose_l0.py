@@ -24,7 +24,7 @@ and tree-24: no minimum. smollm2 at k = 16, 32, 64: lowest at 16. With masks in 
 Gaussian rows of wrong-superposed have a minimum at 13. The derivation, made after most of these trials, says that the minimum
 is not at the mean of L0, as a k above the L0 of most tokens costs less than one below, and that a falling spectrum is enough.
 """
-import json, shutil, sys
+import json, sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -76,12 +76,9 @@ def train(args):
             gaussian(toy, args.runs / f"{toy}.npy")
         choose_l0.train(flags_of(args.runs, toy, kind))
         print(f"{toy}{kind}: done", flush=True)
-    for name in REAL["smollm2"]:
-        made, here = args.runs.parent / "which-l0" / name, args.runs / "smollm2" / name
-        if (made / "cfg.json").exists() and not here.exists():
-            shutil.copytree(made, here, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
     for model, commands in REAL.items():
-        trained.train(args.runs / model, commands, args.part)
+        made = lambda name: args.runs.parent / "which-l0" / name if model == "smollm2" else None
+        trained.train(args.runs / model, commands, args.part, made)
 
 def measured(argv):
     """{p: {measure: {k: [value of each seed]}}}, and the truth, of finished runs."""

@@ -54,6 +54,15 @@ OTHER = {f"other-{name}": f"{command} {DATA} --seed 0" for name, command in {   
     "gba-8M": "gba_sae.py --high 0.04 --tokens 8e6", "topk-8M": "topk_sae.py --tokens 8e6"}.items()}
 COMMANDS = OURS | OTHER
 
+def at_32(methods, seeds):
+    """{METHOD-sSEED: words of a command} of other benchmarks of ours at an L0 of 32, with these settings."""
+    return {f"{name}-s{seed}": f"{METHODS[name][0]}_sae.py {DATA} {METHODS[name][1][32]} --seed {seed} --log-every 500".split()
+            for name in methods for seed in seeds}
+
+def finished(folder, name):
+    """Where this benchmark, beside the folder of another, has the run that at_32 calls so."""
+    return folder.parent / "compare" / ("ours-" + name.replace("-s", "-32-s"))
+
 K_VARIANTS = "topk", "batchtopk", "matryoshka"
 L1 = {("sae-lens", "vanilla"): 1.0, ("dictionary-learning", "vanilla"): 1.8,
       ("sae-lens", "gated"): 1.2, ("dictionary-learning", "gated"): 8.0}

@@ -16,7 +16,7 @@ Holm's correction over the six methods, for each of at least four methods; as tu
 exchanged; else as not reproduced. The same rule tells active from 'reading', the passive form that was given as many
 random tokens as the active one has read: is it the choice of experiments, or only their number?
 """
-import json, os, shutil, sys, time
+import json, os, sys, time
 from pathlib import Path
 
 os.environ.update(TQDM_DISABLE="1")
@@ -35,18 +35,13 @@ from speed import machine
 RESULTS = ROOT / "benchmarks/results"
 METHODS = "topk", "batchtopk", "matryoshka", "ordered", "p-annealed", "gba"
 SEEDS, LATENTS, AT_ONCE = (0, 1, 2), 100, 50          # AT_ONCE: latents of a run before the next run has its turn
-RUNS = {f"{name}-s{seed}": f"{compare.METHODS[name][0]}_sae.py {compare.DATA} {compare.METHODS[name][1][32]} --seed {seed} "
-        "--log-every 500".split() for name in METHODS for seed in SEEDS}
+RUNS = compare.at_32(METHODS, SEEDS)
 LEAST, ENOUGH = 0.02, 4                               # of the rule above
 
 # --- measuring ------------------------------------------------------------------------------------
 
 def train(args):
-    for name in RUNS:
-        made = args.runs.parent / "compare" / ("ours-" + name.replace("-s", "-32-s"))
-        if (made / "cfg.json").exists() and not (args.runs / name).exists():
-            shutil.copytree(made, args.runs / name, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
-    trained.train(args.runs, RUNS, args.part)
+    trained.train(args.runs, RUNS, args.part, lambda name: compare.finished(args.runs, name))
 
 def spread(n):
     """0 ... n - 1 in an order whose every beginning is spread over all of them."""

@@ -9,7 +9,7 @@ in ../compare, are taken over), at layers 6 and 18 of 30, at an L0 of 32 (seeds 
 evaluation/first_letter.py, probing.py and cones.py, each with its controls. A standard error is that of the mean of three
 seeds; with one seed there is none.
 """
-import json, shutil, sys
+import json, sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -34,11 +34,8 @@ COLUMNS = {                                                       # name: value 
     "letters in 4 latents": (contained("first letters"), ".3f"), "roles in 4 latents": (contained("roles of tokens"), ".3f")}
 
 def train(args):
-    for name in RUNS:
-        made = args.runs.parent / "compare" / name.replace("6-", "ours-", 1)
-        if name.startswith("6-") and (made / "cfg.json").exists() and not (args.runs / name).exists():
-            shutil.copytree(made, args.runs / name, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
-    trained.train(args.runs, RUNS, args.part)
+    made = lambda name: args.runs.parent / "compare" / name.replace("6-", "ours-", 1) if name.startswith("6-") else None
+    trained.train(args.runs, RUNS, args.part, made)
 
 def evaluate(args):
     rows = {}

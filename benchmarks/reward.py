@@ -28,7 +28,7 @@ settings of reward.py were chosen. Means are over mixtures and seeds; 'for a met
                   margins of the attribute move at least 3 times as far as those of the other, for at least four of the five
                   attributes, as a mean over methods; the random latents move them less than twice as far
 """
-import json, os, re, shutil, sys
+import json, os, re, sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -48,19 +48,14 @@ RESULTS = ROOT / "benchmarks/results"
 METHODS, SEEDS = ("topk", "vanilla", "gated", "matryoshka", "ordered", "gba"), (0, 1, 2)
 MIXTURES, PAIRS = ("documented+closed", "commented+indented", "named+closed"), 600
 N, FACTOR, DRAWS = 5, -1.0, 20
-RUNS = {f"{name}-s{seed}": f"{compare.METHODS[name][0]}_sae.py {compare.DATA} {compare.METHODS[name][1][32]} --seed {seed} "
-        "--log-every 500".split() for name in METHODS for seed in SEEDS}
+RUNS = compare.at_32(METHODS, SEEDS)
 OWN = "residual", "untrained", "random encoder", "length"             # what needs no run
 WITH_ROLES = "documented", "commented", "closed"
 
 # --- measuring ------------------------------------------------------------------------------------
 
 def train(args):
-    for name in RUNS:
-        made = args.runs.parent / "compare" / ("ours-" + name.replace("-s", "-32-s"))
-        if (made / "cfg.json").exists() and not (args.runs / name).exists():
-            shutil.copytree(made, args.runs / name, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
-    trained.train(args.runs, RUNS, args.part)
+    trained.train(args.runs, RUNS, args.part, lambda name: compare.finished(args.runs, name))
 
 def labelled(encode, places, roles):
     """{'place' or 'role': {attribute: bool [F]}} of a dictionary; roles: as of deciding.roles_on."""

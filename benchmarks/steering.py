@@ -16,7 +16,7 @@ Holm's correction over the concepts of the run. The claim counts as reproduced i
 Ordered than for TopK by at least 0.2, as a mean over seeds, and by more than two standard errors of that mean; as turned round,
 if that holds with the two exchanged; else as not reproduced.
 """
-import json, shutil, sys
+import json, sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -36,8 +36,7 @@ CONCEPTS = "digit capital comment string indent bracket newline underscore quote
 METHODS = "topk", "batchtopk", "matryoshka", "ordered", "p-annealed", "gba"
 SEEDS = 0, 1, 2
 FLAGS = []                                            # of applications/steer.py, beside those of the data: its defaults
-RUNS = {f"{name}-s{seed}": f"{compare.METHODS[name][0]}_sae.py {compare.DATA} {compare.METHODS[name][1][32]} --seed {seed} "
-        "--log-every 500".split() for name in METHODS for seed in SEEDS}
+RUNS = compare.at_32(METHODS, SEEDS)
 BEST, RANDOM = "best latent", "random latents"
 OWN = "difference of means", "linear probe", "random direction"
 COLUMNS = {                                           # name: value of {concept: row} of a run, format
@@ -52,11 +51,7 @@ COLUMNS = {                                           # name: value of {concept:
 # --- measuring ------------------------------------------------------------------------------------
 
 def train(args):
-    for name in RUNS:
-        made = args.runs.parent / "compare" / ("ours-" + name.replace("-s", "-32-s"))
-        if (made / "cfg.json").exists() and not (args.runs / name).exists():
-            shutil.copytree(made, args.runs / name, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
-    trained.train(args.runs, RUNS, args.part)
+    trained.train(args.runs, RUNS, args.part, lambda name: compare.finished(args.runs, name))
 
 def measured(e, ways):
     """{way: what is kept of it} at equal price."""

@@ -4,15 +4,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-def train(folder, commands, part="0/1"):
+def train(folder, commands, part="0/1", made=lambda name: None):
     """Run each of {name: words of a command, a script first} into folder / name, unless that has finished; what it prints
-    goes into a .log beside. One that fails stops no other; all of these are named at the end. part: as --part."""
+    goes into a .log beside. One that fails stops no other; all of these are named at the end. part: as --part. made(name):
+    where the same run may have finished before, or None; then it is copied."""
     folder.mkdir(parents=True, exist_ok=True)
     first, step = map(int, part.split("/"))
     failed = []
     for name, argv in list(commands.items())[first::step]:
         if not (folder / name / "cfg.json").exists():
             shutil.rmtree(folder / name, ignore_errors=True)
+            if (before := made(name)) and (before / "cfg.json").exists():
+                shutil.copytree(before, folder / name, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
+                continue
             with open(folder / f"{name}.log", "w") as log:
                 code = subprocess.run([sys.executable, *argv, "--out", str((folder / name).absolute())], cwd=ROOT, stdout=log,
                                       stderr=subprocess.STDOUT).returncode

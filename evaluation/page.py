@@ -323,14 +323,14 @@ def dose_svg(label, xname, yname, lines, log=False):
 
 # --- the page -------------------------------------------------------------------------------------
 
-def to_the_right(rows):
-    """Of each column but the first: are its cells numbers, or empty?"""
+def to_the_right(n, rows):
+    """Of n columns: are the cells numbers, or empty? Of the first never."""
     number = lambda value: value is None or value != value or (
         str(value).lstrip("-−+<~")[:1] in "–0123456789")
-    return [i > 0 and all(map(number, column)) for i, column in enumerate(zip(*rows))]
+    return [i > 0 and all(number(row[i]) for row in rows) for i in range(n)]
 
 def table_html(title, note, header, rows):
-    right = to_the_right(rows) or [False] * len(header)
+    right = to_the_right(len(header), rows)
     rows = [[cell(value) for value in row] for row in rows]
     side = lambda i: ' class="n"' if right[i] else ""
     head = "".join(f'<th scope="col" aria-sort="none"{side(i)}><button type="button">{cell(name)}'

@@ -134,7 +134,7 @@ def probing_tables(rows):
 
 def print_table(title, note, header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    right = to_the_right(rows) or [False] * len(header)
+    right = to_the_right(len(header), rows)
     print(f"\n{title}: {note}")
     for row in [header, *rows]:
         print("  ".join(c.rjust(w) if r else c.ljust(w)

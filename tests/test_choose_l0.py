@@ -17,7 +17,7 @@ from conftest import run_script
 from evaluation import intervals, masked
 from sources import toy as toys
 from test_evaluate import save
-from test_page import CROSSING, OUTSIDE, Tags, started                      # noqa: F401 (a fixture)
+from test_page import Tags, looks_right, started                             # noqa: F401 (a fixture)
 
 # --- closed forms: docs/choosing_l0.md ------------------------------------------------------------
 
@@ -413,9 +413,5 @@ def test_the_page_in_a_browser(started, chosen, width, mobile):
         assert [t.get_attribute("textContent") for t in figure.find_elements("css selector", ".run text")] == [
             "mean and range of seeds", "true L0"]
     assert "No k recommended" in started.texts("p")[1] and "True L0: 1.9" in started.texts("p")[1]
-    assert started.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert started.execute_script(CROSSING) == []
-    if mobile:
-        assert started.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert started.execute_script(OUTSIDE, 390) == []
+    looks_right(started, mobile)
     assert started.get_log("browser") == []

@@ -266,6 +266,14 @@ for (const svg of document.querySelectorAll("svg")) {
 }
 return found"""
 
+def looks_right(browser, mobile):
+    """Of a page that is open: nothing was fetched, no texts of figures cross, and on a phone nothing is too wide."""
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.execute_script(CROSSING) == []
+    if mobile:
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert browser.execute_script(OUTSIDE, 390) == []
+
 def test_fits_a_phone(browser):
     browser.screen(390, 844, mobile=True)
     for summary in browser.shown("summary")[:2]:

@@ -18,7 +18,7 @@ from conftest import random_lm
 from evaluation import answers, deciding, preferences, probing
 from sources import lm
 from test_evaluate import save
-from test_page import CROSSING, ODD, OUTSIDE, Tags, started                 # noqa: F401 (a fixture)
+from test_page import ODD, Tags, looks_right, started                        # noqa: F401 (a fixture)
 from test_steer import D, WORDS, planted as planted_model                   # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
@@ -327,11 +327,7 @@ def test_the_page_in_a_browser(written, started, width, mobile):
     assert len(folded) == held and not started.shown("details ol li")
     folded[0].find_element("css selector", "summary").click()
     assert "all others" in folded[0].text and "rejected" in folded[0].text and "latent" in folded[0].text
-    assert started.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert started.execute_script(CROSSING) == []
-    if mobile:
-        assert started.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert started.execute_script(OUTSIDE, 390) == []
+    looks_right(started, mobile)
     assert started.get_log("browser") == []
 
 @pytest.mark.parametrize("argv, words", [

@@ -157,7 +157,7 @@ def test_resumed_equals_uninterrupted(variant, bf16, tmp_path, monkeypatch, caps
     def step(*a, **kw):
         calls.append(1)
         if len(calls) == 13:
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
         return real(*a, **kw)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
         m.setattr(script(variant), "train_step", step)
@@ -323,7 +323,7 @@ def test_two_processes_equal_one(variant, tmp_path):
 real = script.train_step
 def step(sae, opt, x, state, step, *rest):
     if step == 12 and os.environ["RANK"] == "1":
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
     return real(sae, opt, x, state, step, *rest)
 script.train_step = step
 script.train(script.parse_args())

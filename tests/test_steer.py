@@ -14,7 +14,7 @@ from conftest import random_lm
 from evaluation import concepts, generate, intervals, page
 from sources import lm, text
 from test_evaluate import save
-from test_page import CROSSING, OUTSIDE, Tags, started                      # noqa: F401 (a fixture)
+from test_page import Tags, looks_right, started                             # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
 
@@ -377,7 +377,6 @@ def test_the_page_in_a_browser(started, steered, width, mobile):
     assert started.title.startswith("Steering: [0-9]|") and not started.all("img")
     assert started.texts("h3")[0].startswith("Latents for") and started.texts("h3")[1:] == [
         "Steering at equal price", "Continuations"]
-    assert started.execute_script("return performance.getEntriesByType('resource').length") == 0
     figures = started.shown("svg")
     assert len(figures) == 2 and len(started.all("svg:first-of-type .run")) >= 8
     names = [t.get_attribute("textContent") for t in figures[1].find_elements("css selector", ".run text")]
@@ -386,10 +385,7 @@ def test_the_page_in_a_browser(started, steered, width, mobile):
     marked = [m.text for m in started.shown("dd mark")]
     assert marked and all(any(c.isdigit() for c in m) for m in marked)
     assert {"before", "after", "random"} == set(started.texts("dt"))
-    assert started.execute_script(CROSSING) == []
-    if mobile:
-        assert started.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert started.execute_script(OUTSIDE, 390) == []
+    looks_right(started, mobile)
     button = started.all("table")[1].find_elements("css selector", "thead button")[3]
     button.click()
     cells = [r.find_elements("css selector", "th, td")[3].text for r in started.all("table")[1].find_elements(

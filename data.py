@@ -25,6 +25,8 @@ class ArgumentParser(runs.ArgumentParser):
         add("--text", help="a .txt, a .jsonl (field 'text'), a FASTA file, a folder of such files, "
                            "or a hub data set; default: the Python standard library's sources")
         add("--context", type=runs.count, help="tokens per context; default 128, othello 59")
+        add("--last-token", action="store_true", default=None,
+            help="only the last token of each context, which should be short then")
         add("--cache-tokens", type=runs.count, help="tokens to harvest; default 750,000, othello "
                                                     "1e6, or all if there are fewer")
         add("--cache-dir", type=Path, help="converted models, harvested activations, statistics of "
@@ -51,8 +53,9 @@ def open_source(args, device):
         runs.fail("--activations and --model: give one of them")
     kind = "array" if args.activations else "toy" if args.model == "toy" else "model"
     unused = dict(model="toy drop_norm context_ids",
-                  array="layer text context cache_tokens stream toy", toy="layer text context "
-                  "cache_tokens cache_dir stream drop_norm context_ids")[kind].split()
+                  array="layer text context last_token cache_tokens stream toy",
+                  toy="layer text context last_token cache_tokens cache_dir stream drop_norm "
+                      "context_ids")[kind].split()
     unused += [] if args.stream else ["buffer", "epochs"]
     for flag in unused:
         if getattr(args, flag) is not None:

@@ -310,10 +310,12 @@ def load_state(args, source, sae, opt, state):
         old, mean = saved["flags"], saved["mean"]
     except Exception as err:
         fail(f"--resume: {args.out / 'state.pt'} is damaged ({first_line(err)})")
-    if set(old) != set(flags(args)) or set(saved["sae"]) != set(sae.state_dict()):
+    now = flags(args)
+    new = {name for name in now.keys() - old.keys() if now[name] is None}    # that version had none
+    if set(old) != now.keys() - new or set(saved["sae"]) != set(sae.state_dict()):
         fail(f"--resume: {args.out} is a run of another script, or of another version of it; "
              "choose another --out")
-    for name, value in flags(args).items():
+    for name, value in now.items():
         if name not in FREE_TO_CHANGE and old.get(name) != value:
             flag = "--" + name.replace("_", "-")
             fail(f"--resume: {flag} was {old.get(name)} in that run and is {value} now; they must "

@@ -9,8 +9,8 @@ import runs
 from evaluation.probes import without_nan
 from sources import lm
 
-DATA_FLAGS = ("model", "layer", "text", "context", "cache_tokens", "stream", "buffer",
-              "activations", "drop_norm", "context_ids", "toy")
+DATA_FLAGS = ("model", "layer", "text", "context", "last_token", "cache_tokens", "stream",
+              "buffer", "activations", "drop_norm", "context_ids", "toy")
 VECTORS = dict(standard=["b_enc"], topk=["b_enc"], jumprelu=["b_enc", "threshold"],
                gated=["b_gate", "b_mag", "r_mag"])            # of each architecture, [F]
 
@@ -116,7 +116,7 @@ def data_flags(sae, args, default):
         runs.fail(f"{sae.path}: records no data of ours; name them with --model and --layer, with "
                   "--activations, or with --model toy and --toy")
     kinds = dict.fromkeys(("layer", "context", "cache_tokens", "buffer"), int)
-    kinds |= dict(stream=bool, drop_norm=(int, float))
+    kinds |= dict(stream=bool, last_token=bool, drop_norm=(int, float))
     if wrong := [k for k, v in flags.items()
                  if v is not None and not isinstance(v, kinds.get(k, (str, Path)))]:
         runs.fail(f"{sae.path}: damaged: its cfg.json has {wrong[0]} = {flags[wrong[0]]}")

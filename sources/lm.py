@@ -5,7 +5,7 @@ Layers    --layer L is the residual stream entering block L: hidden_states[L] in
           below L run.
 Dropped   Position 0 of every context, and tokens whose norm is above 4 x the median. These
           attention sinks would hold much of the variance, and a small SAE's attention. The share
-          dropped is printed and recorded.
+          dropped is printed and recorded. --last-token drops all but the last of each context.
 Cache     A model runs once per (weights, layer, text, context, size, dtype); later runs of every
           script read the shards. The contexts are shuffled and the last 5 % held out: contexts, not
           tokens, so that no neighbour of a training token is ever evaluated on.
@@ -262,7 +262,12 @@ def identity(args, device, **size):
         model_hash=model_hash(path, args.model), layer=args.layer,
         text_hash=hashlib.sha256(GAMES.encode()).hexdigest() if is_othello(args.model) else
         text_hash(args.text), context_size=args.context,
-        dtype="bfloat16" if has_fast_bf16(device) else "float32", version=1, **size)
+        dtype="bfloat16" if has_fast_bf16(device) else "float32", version=1,
+        **(dict(last_token=True) if args.last_token else {}), **size)
+
+def first_position(args):
+    """The first position of a context whose token is not dropped for where it stands."""
+    return args.context - 1 if args.last_token else 1
 
 def folder_of(args, key, kind=""):
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -345,9 +350,9 @@ def check_room(args, work, out, tokens, D):
 def write_shards(args, device, model, block, ids, work):
     """The activations of all contexts ids [n, T] but what is dropped, as shards in `work`; those
     that are there already stay. Returns the norm above which tokens are dropped."""
-    D = model.config.get_text_config().hidden_size
+    D, first = model.config.get_text_config().hidden_size, first_position(args)
     per_pass = max(1, (4096 if device.type == "cpu" else 65536) // args.context)       # contexts
-    norms = [residual_stream(model, block, ids[i:i + per_pass])[:, 1:].norm(dim=-1).flatten()
+    norms = [residual_stream(model, block, ids[i:i + per_pass])[:, first:].norm(dim=-1)
              for i in range(0, min(64, len(ids)), per_pass)]
     cut = NORM_CUT * torch.cat(norms).median().item()
     per_shard, began = max(1, PIECE // (args.context * D)), time.perf_counter()
@@ -361,7 +366,7 @@ def write_shards(args, device, model, block, ids, work):
             for i in range(0, len(shard), per_pass):
                 x = residual_stream(model, block, shard[i:i + per_pass])
                 keep = ~(x.norm(dim=-1) > cut)                   # NaN stays, to be refused below
-                keep[:, 0] = False
+                keep[:, :first] = False
                 kept.append(x[keep].half().cpu())
                 where.append((keep.flatten().nonzero()[:, 0] + (lo + i) * args.context).cpu())
                 bar.update(keep.numel())
@@ -382,8 +387,8 @@ def write_manifest(args, key, work, ids, bos, text_tokens, cut):
     mean, norm, *_ = survey(shards, lambda rows: rows < n_rows, "--model " + args.model)
     save_array(work / "mean.npy", mean)
     describe(args, key, work, prepend_bos=bos, norm_cut=cut,
-             dropped=1 - len(where) / (ids.size - len(ids)), n_train_rows=n_rows, mean_norm=norm,
-             text_tokens=text_tokens)
+             dropped=1 - len(where) / ids[:, first_position(args):].size, n_train_rows=n_rows,
+             mean_norm=norm, text_tokens=text_tokens)
 
 def describe(args, key, work, **facts):
     """Write manifest.json of the cache in `work`."""

@@ -79,6 +79,7 @@ class Stream:
     is the norm above which tokens are dropped; the first `held` pieces are held out."""
     def __init__(self, args, device, path, dtype, cut=float("inf"), held=0):
         self.args, self.device, self.cut, self.held = args, device, cut, held
+        self.first = lm.first_position(args)
         self.model, tokenizer, self.block = lm.model_below(args, device, path, dtype)
         self.D = self.model.config.get_text_config().hidden_size
         self.contexts = None if lm.is_othello(args.model) else Contexts(tokenizer, args.context)
@@ -100,13 +101,15 @@ class Stream:
         return self.contexts.cut([i for part in piece for i in self.contexts.tokens(*part)])
 
     def harvest(self, piece):
-        """(x fp16 [n, T - 1, D] after position 0, ids int32 [n, T]) of a piece, on the device."""
+        """(x fp16 [n, T - first, D] from position `first` on, ids int32 [n, T]) of a piece, on the
+        device."""
         ids, T = self.ids(piece), self.args.context
         n = max(1, TOKENS.get(self.device.type, TOKENS["cpu"]) // T)
         with torch.cuda.stream(self.side) if self.side else contextlib.nullcontext():
-            x = [lm.residual_stream(self.model, self.block, ids[i:i + n])[:, 1:].half()
+            x = [lm.residual_stream(self.model, self.block, ids[i:i + n])[:, self.first:].half()
                  for i in range(0, len(ids), n)]
-            x = torch.cat([*x, torch.empty(0, T - 1, self.D, device=self.device).half()])
+            none = torch.empty(0, T - self.first, self.D, device=self.device).half()
+            x = torch.cat([*x, none])
             if x.isnan().any():                                     # waits for all of the above
                 fail(f"--layer {self.args.layer}: {self.args.model} gives NaN there")
             return x, torch.from_numpy(ids).to(self.device)
@@ -145,14 +148,15 @@ class Stream:
         if n < 0:
             raise SystemExit(2)
         if x is None:
-            x = torch.empty(int(n), T - 1, self.D, dtype=torch.float16, device=self.device)
+            x = torch.empty(int(n), T - self.first, self.D, dtype=torch.float16,
+                            device=self.device)
             ids = torch.empty(int(n), T, dtype=torch.int32, device=self.device)
         dist.broadcast(x, owner)
         dist.broadcast(ids, owner)
         return x, ids
 
     def keep(self, x):
-        """Which tokens [n, T - 1] of x are not dropped."""
+        """Which tokens [n, T - first] of x are not dropped."""
         return x.float().norm(dim=-1) <= self.cut
 
     def take(self, ring, slots, bar=None):
@@ -223,8 +227,8 @@ def measure(args, stream, key, folder):
 def write_head(args, stream, key, folder, stored, mean, facts):
     """Pieces to store, mean [D] and manifest, as a folder that lm.py could have made."""
     ids = torch.cat([ids for _, ids in stored]).cpu().numpy()
-    x = torch.cat([x for x, _ in stored]).cpu()                            # [n, T - 1, D]
-    keep, place = stream.keep(x), torch.arange(ids.size).view(ids.shape)[:, 1:]
+    x = torch.cat([x for x, _ in stored]).cpu()                            # [n, T - first, D]
+    keep, place = stream.keep(x), torch.arange(ids.size).view(ids.shape)[:, stream.first:]
     arrays = {"acts-00000": x[keep].numpy(),
               "where-00000": place[keep].numpy(), "tokens": ids, "mean": mean.cpu().numpy()}
     if not stream.contexts:

@@ -178,6 +178,16 @@ def test_resume_of_another_script(tmp_path, one_line):
     toy_run("vanilla", tmp_path / "run")
     one_line(lambda: toy_run("gated", tmp_path / "run", "--resume"), "--resume", "another script")
 
+def test_resume_of_a_run_from_before_a_flag(tmp_path, one_line):
+    """A run that had no --last-token goes on, unless it would get one now, or lacks a flag that has a default."""
+    toy_run("topk", tmp_path / "run")
+    path = tmp_path / "run/state.pt"
+    saved = torch.load(path, weights_only=True)
+    for flag, works in (("last_token", True), ("k", False)):
+        torch.save({**saved, "flags": {k: v for k, v in saved["flags"].items() if k != flag}}, path)
+        again = lambda: toy_run("topk", tmp_path / "run", "--resume")
+        again() if works else one_line(again, "--resume", "another version")
+
 @pytest.mark.parametrize("variant, flags", [*((v, []) for v in VARIANTS),
                                             ("matryoshka", ["--random-widths"])])
 def test_resumes_from_a_save(variant, flags, tmp_path, monkeypatch):
@@ -525,7 +535,7 @@ CHANGES = {                       # flags that change the weights of toy_run, an
     "gamma_down": 0.2, "gamma_up": 0.0, "relu": None, "train_b_dec": None}
 ELSEWHERE = {                     # flags whose effect another test shows
     "model", "layer", "text", "context", "cache_tokens", "cache_dir", "activations", "device",
-    "stream", "buffer", "epochs", "drop_norm", "context_ids", "out", "resume", "compile", "dense", "log_every",
+    "last_token", "stream", "buffer", "epochs", "drop_norm", "context_ids", "out", "resume", "compile", "dense", "log_every",
     "save_every", "tied", "untied"}
 ONLY_LOGGED = {"dead_after"}      # where no AuxK acts on the dead
 

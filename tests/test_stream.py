@@ -157,6 +157,19 @@ def test_the_head_is_a_cache_of_rows_that_are_never_served(gpt2, folder, tmp_pat
     assert again.stream is None and torch.equal(again.heldout(), source.heldout()) and again.scale == source.scale
     assert torch.equal(again.batch(3), source_of(argv).batch(3))
 
+def test_last_tokens_alone(gpt2, folder, tmp_path):
+    """With --last-token the stream serves the last row of each context, and those alone; so its head."""
+    source = source_of(flags(gpt2, folder, tmp_path, "--last-token", "--buffer", 1024, "--tokens", 512))
+    source.batch(0)
+    model, tokenizer, blocks = lm.load(gpt2, "x", CPU, getattr(torch, source.meta["dtype"]))
+    form = text.Contexts(tokenizer, 16)
+    first = list(stream.mixed(stream.pieces(source.args)))[source.manifest["held_pieces"]]
+    ids = form.cut([i for part in first for i in form.tokens(*part)])[:500]
+    x = lm.residual_stream(model, blocks[2], ids)[:, -1]
+    assert torch.allclose(source.ring[:500].float(), x, rtol=0.02, atol=0.02)
+    ids, where = lm.heldout_tokens(source)
+    assert (where % 16 == 15).all() and len(where) == len(ids) == len(source.heldout())
+
 def test_outliers_are_dropped(gpt2, folder, tmp_path, loud):
     """As in the cache: a token with ten times the norm of the others is never served, nor held out."""
     source = source_of(flags(gpt2, folder, tmp_path))

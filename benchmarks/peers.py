@@ -33,13 +33,14 @@ K_VARIANTS = "topk", "batchtopk", "matryoshka", "ordered"
 def widths(F):
     return [max(1, F * n // 32) for n in (1, 3, 7, 15, 32)]
 
-def stand_in(*names):
-    for name in names:
+def stand_in(*names, even_of=()):
+    """Of those packages that are not installed; of `even_of` if they are."""
+    for name in (*names, *even_of):
         try:
             found = importlib.util.find_spec(name)
         except (ImportError, ValueError, AttributeError):
             found = None
-        if not found:
+        if not found or name in even_of:
             sys.modules[name] = MagicMock(name=name)
 
 class Loop:
@@ -297,8 +298,8 @@ class Sparsify(Peer):
 class Overcomplete(Peer):
     """overcomplete 0.3.0: train_sae or, for bf16, train_sae_amp; without its auxiliary loss."""
     def __init__(self, variant, d, F, k, lr, steps, seed, batch, bf16, l1=1.0):
-        stand_in("PIL", "torchvision", "timm", "cv2", "skimage", "matplotlib", "matplotlib.pyplot",
-                 "matplotlib.colors")
+        stand_in("PIL", "torchvision", "timm", "cv2", "skimage",          # it needs an older matplotlib
+                 even_of=("matplotlib", "matplotlib.pyplot", "matplotlib.colors"))
         import overcomplete.sae
         from overcomplete.sae.losses import mse_l1
         from overcomplete.sae.train import train_sae, train_sae_amp

@@ -84,7 +84,7 @@ ENTRIES = [
     three("ground-truth", 230, ["ground-truth.md", "ground-truth.json"], False),
     three("steering", 200, ["steering.md", "steering.png", "steering.json"], False),
     three("reward", 80, ["reward.md", "reward.png", "reward.json"], False),
-    three("explaining", 200, ["explaining.md", "explaining.png", "explaining.json"], False),
+    three("explaining", 110, ["explaining.md", "explaining.png", "explaining.json"], False),
     Entry("hedging", ["python benchmarks/hedging.py --runs benchmarks/results/hedging.jsonl "
                       "--out benchmarks/results/hedging.md"], ["hedging.md", "hedging.jsonl"], 60),
     Entry("saebench", ["python benchmarks/saebench_check.py --out benchmarks/results/saebench.md"], ["saebench.md"], 2, peers=True),

@@ -127,7 +127,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--turns", type=int, default=3, help="turns of each library; default 3")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each library; default 2")
     parser.add_argument("--steps", type=int, default=4, help="measured steps a turn; default 4")
     parser.add_argument("--own-allocator", action="store_true", help="the peers keep glibc's settings")
     parser.add_argument("--out", type=Path, help="also write the tables there")

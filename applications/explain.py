@@ -9,8 +9,8 @@ says of each token whether the latent fires there, and how strongly. The loop is
 2511.20820; its code was read, not the text), with a search in the place of its language model:
 
 exemplars    the ten pool contexts of the largest peaks, 32 tokens of each; BACKGROUND random ones
-hypotheses   the best programs by the score below that differ on the pool, and a control: a program
-             that should be silent
+hypotheses   programs that differ on the pool, the best by r on the exemplars, later by the score
+             below; and a control: a program that should be silent
 experiments  for each: FOUND random real tokens where it holds; TESTS texts of experiments.py on
              which it and the others differ most, edited exemplars and new ones, run on the model
 verdict      fires: at least a quarter of the mean of the ten peaks. confirmed: 3 of 4 tests come
@@ -19,14 +19,15 @@ verdict      fires: at least a quarter of the mean of the ten peaks. confirmed: 
 review       the REVIEWED best so far are tested on FOUND more real tokens; then the next round,
              with all that has been read, --rounds in all; conclusion: of the hypotheses that were
              tested and not refuted the one of the best score; then its strengths
-score        cor(program, code) on the pool, estimated from what was read (evaluation/evidence.py)
+score        cor(program, code) on the pool, estimated from what was read, times a little less than 1
+             for each literal and text that it needs (evaluation/evidence.py)
 
 Scores, on held-out tokens: r and AUC over all of them, silent ones included; r10: SAGE's r over ten
-exemplars, 4, 3 and 3 of the ranks 10 to 40 %, to 70 %, to 100 %; written: of ten texts of the
-grammar in which the program holds, those with a peak of half the mean of the ten.
-Beside it  passive: the program of the best r on the exemplars, no experiments; reading: the same on
-           as many random tokens more as the loop has read; frequent: the token at most of the
-           exemplars' firing tokens; chance: the passive program of another latent.
+exemplars: 4 from the eleventh rank to 40 %, 3 to 70 %, 3 to 100 %; written: of at most ten texts
+of the grammar in which the program holds, the share with a peak of half the mean of the ten.
+Beside it  passive: the program of the best r on the exemplars, no experiments; reading: the one of
+           the best score on as many random tokens as the loop has read or run; frequent: the token
+           at most of the exemplars' firing tokens; chance: the passive program of another latent.
 Writes RUN/explanations.json, with every test. Bad input costs one line and the exit code 2.
 """
 import sys
@@ -42,8 +43,8 @@ from evaluation import llm, page
 from evaluation.concepts import Codes
 from evaluation.evidence import EXEMPLARS, Evidence
 from evaluation.experiments import open_lab
-from evaluation.intervals import bootstrap, sign_flip
-from evaluation.predicting import frequent, passive, scores
+from evaluation.intervals import bootstrap, holm, sign_flip
+from evaluation.predicting import frequent, passive, reading, scores
 from evaluation.programs import Program
 from evaluation.saved import open_language_run, write_page, write_result
 from evaluation.tables import print_table
@@ -97,7 +98,7 @@ class Search:
         """[(kind, text)]: half of the texts where it says yes, the other half where it says no, as
         far as there are such, and among them those on which most rivals differ."""
         program, texts = Program(literals), []
-        for row in e.rng.choice(e.peaks, 3):
+        for row in e.rng.permutation(e.peaks)[:3]:
             texts += e.lab.edits(e.lab.real(row), e.rng, program)
         for kind, other in [("new text", program), *(("rival's text", Program(r)) for r in rivals)]:
             texts += [(kind, text) for text in e.lab.write(other, 2, e.rng)]
@@ -114,12 +115,12 @@ class Search:
         right = sum(g for g, t in zip(good, h.tests) if t["says"])
         if sum(good) < len(good) / 2:
             return "refuted"
-        sure = sum(good) >= 0.75 * len(good) and (right >= 2 or h.control)
+        sure = good and sum(good) >= 0.75 * len(good) and (right >= 2 or h.control)
         return "confirmed" if sure else "refined"
 
 def control(e):
-    """A literal that hardly holds where the latent fires in the exemplars: the most usual of what
-    else stands there."""
+    """A literal of the exemplars' silent tokens that holds at none where the latent fires strongly:
+    the first that 2 % of the pool have, else the most usual."""
     read, z, _ = e.natural()
     quiet = read.take(np.flatnonzero((z < e.fires)[:len(e.own)]))
     found = [(l,) for l in e.lang.literals(quiet, np.ones(len(quiet[0])), 1) if l.holds]
@@ -212,8 +213,8 @@ class Run:
         others = self.live[self.live != i]
         other = np.random.default_rng((seed, i, 3)).choice(others) if len(others) else i
         made = sum(len(read.token) for read, _ in e.made)
-        ways = dict(active=active, passive=passive(e), reading=passive(e, len(e.asked) + made),
-                    frequent=frequent(e),
+        ways = dict(active=active, passive=passive(e), frequent=frequent(e),
+                    reading=reading(self.lab, latent, seed, len(e.asked) + made),
                     chance=passive(Evidence(self.lab, self.latent(int(other)), seed)))
         notes, mind.notes = mind.notes, []
         return dict(latent=i, rate=latent.rate, mean_of_ten=e.mean, read=len(e.asked), run=made,
@@ -231,18 +232,17 @@ def tables(found):
     three = lambda value: "–" if value is None or value != value else f"{value:.3f}"
     latents = [[str(f["latent"]), f"{f['rate']:.2%}", *(three(f["ways"]["active"][k])
                for k in FIGURES), f["ways"]["active"]["program"]] for f in found]
-    means = []
+    more = {way: of("active", "r") - of(way, "r") for way in WAYS[1:]}
+    p, means = dict(zip(more, holm([sign_flip(d) for d in more.values()]))), []
     for way in WAYS:
-        more = of("active", "r") - of(way, "r")
-        low, high = bootstrap(of(way, "r"))
-        means.append([way, f"{of(way, 'r').mean():.3f} [{low:.3f}, {high:.3f}]",
+        interval = " [{:.3f}, {:.3f}]".format(*bootstrap(of(way, "r"))) if len(found) > 1 else ""
+        means.append([way, f"{of(way, 'r').mean():.3f}{interval}",
                       *(three(nanmean(of(way, k))) for k in FIGURES[1:]),
-                      *([f"{more.mean():+.3f}", f"{sign_flip(more):.4f}"] if way != "active" else
-                        ["", ""])])
+                      *([f"{more[way].mean():+.3f}", f"{p[way]:.4f}"] if way in p else ["", ""])])
     return [("Explanations", "of the active form, on held-out tokens",
              ["latent", "fires", *FIGURES, "explanation"], latents),
             ("Means over latents", "r with its interval over latents (bootstrap, 95 %); r of the "
-             "active form less that of the others, p by sign flips over latents",
+             "active form less that of the others, p by sign flips over latents, after Holm",
              ["way", *FIGURES, "active less this", "p"], means)]
 
 def main(argv=None):
@@ -250,8 +250,8 @@ def main(argv=None):
     sae, *opened = open_language_run(args.run, args)
     if wrong := [i for i in args.latents or [] if not 0 <= i < sae.d_sae]:
         runs.fail(f"--latents {wrong[0]}: {args.run} has latents 0 to {sae.d_sae - 1}")
-    client = args.llm and llm.Client(args.llm, args.llm_model, args.llm_key, args.llm_timeout,
-                                     args.llm_calls)
+    client = None if args.llm is None else llm.Client(
+        args.llm, args.llm_model, args.llm_key, args.llm_timeout, args.llm_calls)
     lab = open_lab(*opened)
     run = Run(lab, sae)
     if not len(run.live):

@@ -12,8 +12,8 @@ defaults, the search in the place of a language model.
 Stated before any of it was measured: the claim counts as reproduced if the mean over latents of r (over all held-out tokens) of
 the active form is larger than that of the passive one by at least 0.02, and its p by sign flips over latents is below 0.05 after
 Holm's correction over the six methods, for each of at least four methods; as turned round, if that holds with the two
-exchanged; else as not reproduced. The same rule tells active from 'reading', the passive form that was given as many
-random tokens as the active one has read: is it the choice of experiments, or only their number?
+exchanged; else as not reproduced. The same rule tells active from 'reading', which takes the program of
+the best score on as many random tokens as the active one has read or run: is it the choice of experiments, or only their number?
 """
 import json, os, sys, time
 from pathlib import Path

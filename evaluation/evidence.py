@@ -47,7 +47,7 @@ class Evidence:
         _, at = np.unique(context[first], return_index=True)
         self.peaks = first[np.sort(at)[:EXEMPLARS]]           # rows, the largest code first
         self.mean = float(z[self.peaks].mean())
-        self.level, self.fires = self.mean / 2, self.mean / 4
+        self.level, self.fires = self.mean / 2, self.mean / 4           # 'strongly', and 'at all'
         self.own = np.sort(np.concatenate([around(lab.pool, row) for row in self.peaks]))
         self.exemplar = np.isin(np.arange(len(z)), self.own)                 # bool (N,)
         self.asked, self.expected = np.zeros(0, int), np.zeros(len(z))
@@ -61,13 +61,14 @@ class Evidence:
         return np.logical_and.reduce([self.memory[l] for l in literals])
 
     def ask(self, mask, k):
-        """Read k random tokens of the pool among those of a mask, without the exemplars: rows."""
+        """Read k random tokens of the pool among those of a mask, without the exemplars, or all of
+        them if they are fewer: rows."""
         rows = np.flatnonzero(mask & ~self.exemplar)
         if not len(rows):
             return rows
-        new = self.rng.choice(rows, k)
+        new = self.rng.choice(rows, min(k, len(rows)), replace=False)
         self.asked = np.concatenate([self.asked, new])
-        self.expected[rows] += k / len(rows)
+        self.expected[rows] += len(new) / len(rows)
         return new
 
     def natural(self):

@@ -21,13 +21,14 @@ import torch
 
 import runs
 from evaluation import concepts
-from evaluation.programs import SETS, Language
+from evaluation.programs import REGIONS, SETS, TRIPLE, Language, begins_inside
 from sources import lm
 from sources.text import Contexts
 
 POOL, HELD_OUT = 2 ** 17, 2 ** 16       # tokens of training contexts, and held-out ones, at most
 WINDOW = 32                             # tokens of a text that is run
 LIBRARY = 200                           # texts of the grammar
+DOCSTRING = 1 << REGIONS.index("docstring")
 MOVES = {"in a comment": " #", "in a string": ' x = "', "in a call": " print("}
 
 # --- a grammar of Python --------------------------------------------------------------------------
@@ -99,10 +100,18 @@ class Lab:
 
     def real(self, row):
         """The text that ends with this token of the pool."""
-        ids, end = self.pool.ids[self.pool.context[row]], self.pool.place[row] + 1
-        begin = max(0, end - WINDOW)
-        inside = self.language.read([ids[:begin + 1]]).inside[-1] if begin else 0
-        return tuple(int(i) for i in ids[begin:end]), '"""' if inside & 2 else ""
+        ids, end = self.pool.ids[self.pool.context[row]].tolist(), self.pool.place[row] + 1
+        begin = begins_inside("".join(self.language.texts[i] for i in ids))   # as the pool's read
+        return self.cut(ids[:end], begin, max(0, end - WINDOW))
+
+    def cut(self, ids, begin, at):
+        """What is left of a text from token `at` on; where both sides of the cut are inside triple
+        quotes, it begins in these."""
+        if at:
+            inside = self.language.read([ids], [begin]).inside[at - 1:at + 1] & DOCSTRING
+            open_ = TRIPLE.findall("".join(self.language.texts[i] for i in ids[:at])) or [begin]
+            begin = open_[-1] if inside.all() else ""
+        return list(ids[at:]), begin
 
     def marked(self, row, z):
         """The text around a token of the pool, with the codes z [N] that are not 0 in [[ ]]."""
@@ -134,12 +143,12 @@ class Lab:
         for name, more in self.moves.items():
             out.append((name, ((*ids[:line + 1], *more, *ids[line + 1:]), begin)))
         if 0 < line < len(ids) - 2:
-            out.append(("its line alone", (ids[line:], begin)))
+            out.append(("its line alone", self.cut(ids, begin, line)))
         return [(name, self.whole(*new)) for name, new in out]
 
     def whole(self, ids, begin):
         """A text that begins as contexts do, and is not too long."""
-        ids = list(ids)[-WINDOW:]
+        ids, begin = self.cut(ids, begin, max(0, len(ids) - WINDOW))
         return ids if ids[:len(self.begin)] == self.begin else self.begin + ids, begin
 
     def write(self, program, n, rng):

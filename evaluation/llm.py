@@ -36,7 +36,10 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 class Client:
     """calls, failed: how many so far. Fails (BadInput) at once where nothing answers at the URL."""
     def __init__(self, url, model, variable, timeout=60, limit=200):
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+        except ValueError:                                    # as of http://[
+            parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             runs.fail("--llm: no web address; give one as in http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
@@ -190,7 +193,7 @@ class Mind:
         others = "; ".join(map(say_all, rivals)) or "none"
         return self.asked(
             f"{GRAMMAR}\n\nHypothesis: {say_all(literals)}\nRivals: {others}\n\nDesign 8 short "
-            "texts (at most 200 characters) that test the hypothesis at their last token: four in "
+            "texts (at most 25 words) that test the hypothesis at their last token: four in "
             "which it holds there and four in which it does not, where the rivals say otherwise. "
             'Answer {"tests": ["text", ...]}.', use,
             lambda: self.otherwise.tests(e, literals, rivals))

@@ -423,7 +423,7 @@ def explained_html(found):
     body = ""
     for f in found:
         ways = "".join(f"<dt>{cell(name)}</dt><dd>r {number(w['r'], '.3f')}, AUC "
-                       f"{number(w['auc'], '.3f')}, written {number(w['written'], '.1f')}: <code>"
+                       f"{number(w['auc'], '.3f')}, written {number(w['written'], '.2f')}: <code>"
                        f"{visible(w['program'])}</code></dd>\n" for name, w in f["ways"].items())
         rounds = "".join(f"<h4>Round {i}</h4>" + "".join(map(hypothesis_html, r["hypotheses"]))
                          + f"<p>Leading: <code>{visible(r['leading'])}</code></p>\n"

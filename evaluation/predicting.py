@@ -1,22 +1,30 @@
 """How good is a program as the explanation of a latent? Scores on held-out tokens, and baselines.
 
     scores     of a program: r and auc over all held-out tokens; r10, SAGE's form; written
-    passive    the program of the best r on the exemplars, and on random tokens beside them
+    passive    the program of the best r on the exemplars
+    reading    the program of the best score, of evidence.py, of exemplars and random tokens
     frequent   the token that is most often where the exemplars fire
 
 A latent has number, codes z [N] on the pool, heldout [M], and run(texts), as explain.py makes them.
 """
 import numpy as np
 
-from evaluation.evidence import around
+from evaluation.evidence import Evidence, around
 from evaluation.programs import Literal, Program, to_json
 
-def passive(e, more=0):
-    """The program of the best r on the exemplars and so many random tokens of the pool more."""
-    rows = np.concatenate([e.own, e.rng.integers(len(e.latent.z), size=more)])
-    found = e.distinct(e.ranked(rows), [], 1) or [(Literal("class", "word"),)]
-    return e.lang.fit(Program(found[0]), e.lab.pool.read.take(rows), e.latent.z[rows],
-                      np.ones(len(rows)))
+def first(e, ranked):
+    return Program((e.distinct(ranked, [], 1) or [(Literal("class", "word"),)])[0])
+
+def passive(e):
+    """The program of the best r on the exemplars."""
+    return e.lang.fit(first(e, e.ranked(e.own)), e.lab.pool.read.take(e.own), e.latent.z[e.own],
+                      np.ones(len(e.own)))
+
+def reading(lab, latent, seed, n):
+    """The program of the best score when n random tokens have been read, and nothing was tried."""
+    e = Evidence(lab, latent, seed)
+    e.ask(np.ones(len(latent.z), bool), n)
+    return e.lang.fit(first(e, e.ranked()), *e.natural())
 
 def frequent(e):
     """The token that is most often where the exemplars fire."""
@@ -55,7 +63,6 @@ def scores(lab, latent, e, program, seed):
     p, z = lab.language.predict(program, lab.heldout.read), latent.heldout
     rows = ten_exemplars(lab.heldout, z, rng)
     texts = lab.write(program, 10, rng)
-    peaks = latent.run(texts)[1] if texts else np.zeros(0)
     return dict(program=lab.language.say(program), json=to_json(program), r=pearson(p, z),
                 auc=auc(p, z > 0), r10=pearson(p[rows], z[rows]) if len(rows) else None,
-                written=float((peaks >= e.level).sum() / 10))
+                written=float((latent.run(texts)[1] >= e.level).mean()) if texts else None)

@@ -98,7 +98,7 @@ def labelled(path):
     Fails on labels that overlap in a task or lie outside the text."""
     bad = lambda what: runs.fail(f"--labels {path}, line {n}: {what}")
     try:
-        file = open(path, encoding="utf-8")
+        file = open(path, "rb")
     except OSError as err:
         runs.fail(f"--labels {path}: {runs.first_line(err)}; name a .jsonl file")
     with file:

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -101,7 +102,7 @@ def toy():
 
 def test_planted_programs_are_found(toy):
     """Some of those of the claim below; the same draws give the same programs and figures."""
-    some = planted(toy, 4)
+    some = planted(toy, 4, 1)
     active, _ = shares(toy, some, rounds=3)
     assert active >= 0.75
     latent = toy.latent(0, some[0])
@@ -204,6 +205,29 @@ def test_places_and_triple_quotes_by_hand():
     begins = {'doc text."""\n x': '"""', 'def f():\n    """\n   A': "", 'x = """abc': "", "text.\n   '''\n\nx": "'''", "a": "",
               'def f():\n    """Return': "", '    """Return': ""}
     assert {text: programs.begins_inside(text) for text in begins} == begins
+
+@pytest.mark.parametrize("quotes", ['"""', "'''"])
+def test_a_text_cut_out_knows_whether_it_begins_in_a_docstring(quotes):
+    """At each place of contexts that begin anywhere: as the whole context says; also from its line on, and behind a move."""
+    words = ["def f():", "\n    ", quotes, *[" word"] * 20, "\n    ", *[" more"] * 20, quotes, "\n    ", *[" x"] * 15, "\n"]
+    texts = sorted({*words, *experiments.MOVES.values()})
+    ids = np.array([[texts.index(w) for w in (words * 3)[i:i + 80]] for i in range(len(words))])
+    language = programs.Language(texts)
+    pool = experiments.tokens(language, None, ids, np.arange(ids.size))
+    lab = experiments.Lab(language, pool, pool, lambda text: [texts.index(text)] if text in texts else [0])
+    docstring = lambda read: read.inside & experiments.DOCSTRING
+    rows = np.arange(0, ids.size, 7)
+    real = [lab.real(row) for row in rows]
+    assert max(len(text) for text, _ in real) == experiments.WINDOW
+    expected = docstring(pool.read)[rows]
+    assert (docstring(lab.last(real)) == expected).all() and 0.3 < (expected > 0).mean() < 0.9
+    kinds = Counter()
+    for text, inside in zip(real, expected):
+        for kind, new in lab.edits(text, np.random.default_rng(0), programs.Program((programs.Literal("class", "word"),))):
+            if kind in ("as it is", "its line alone"):
+                kinds[kind] += 1
+                assert docstring(lab.last([new]))[0] == inside
+    assert min(kinds.values()) > 50
 
 def test_programs_hold_where_they_say(toy):
     """Against a slow reading, token by token; strengths; both forms of a program."""
@@ -373,7 +397,8 @@ def test_an_endpoint_that_is_none_is_one_line(endpoint, one_line, monkeypatch):
     endpoint.answer = lambda prompt: (302, {"Location": "http://127.0.0.1:9/"}, [])
     one_line(start(endpoint.url), "--llm", "elsewhere")
     one_line(start("http://127.0.0.1:9/v1"), "--llm", "does not answer")
-    one_line(start("ftp://a"), "--llm", "web address")
+    for no_url in ("ftp://a", "http://[x/v1"):
+        one_line(start(no_url), "--llm", "web address")
     one_line(start(f"http://{KEY}@127.0.0.1/v1"), "--llm", "--llm-key")
     one_line(start("http://127.0.0.1/v1?key=1"), "--llm", "--llm-key")
     monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
@@ -418,7 +443,7 @@ def test_odd_texts_on_the_page():
 
 @pytest.mark.parametrize("argv, words", [
     (["--latents", "23"], ["--latents 23", "0 to 22"]), (["--latents", "2"], ["--latents 2", "dead"]),
-    (["--llm", "http://x/v1"], ["--llm-model"]), (["--llm-model", "x"], ["--llm,"]), (["--count", "0"], ["--count"]),
+    (["--llm", "", "--llm-model", "x"], ["--llm", "web address"]), (["--llm", "http://x/v1"], ["--llm-model"]), (["--llm-model", "x"], ["--llm,"]), (["--count", "0"], ["--count"]),
     (["--layer", "0"], ["trained on another", "--layer"]), (["--html", "."], ["--html", "folder"])])
 def test_bad_input_is_one_line(planted_model, tmp_path, one_line, argv, words):
     run = dictionary(tmp_path / "run", planted_model[1])

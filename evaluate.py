@@ -29,7 +29,7 @@ import runs
 from evaluation import cones, metrics, monosemanticity, page
 from evaluation.known import Known
 from evaluation.latents import chosen, detects, features, print_features
-from evaluation.saved import SAE, data_flags, open_data, write_page, write_result
+from evaluation.saved import SAE, data_flags, open_data, page_path, write_page, write_result
 from evaluation.tables import agreement, plot, print_table, tables
 from othello import boards
 from sources import lm
@@ -54,15 +54,13 @@ def parse_args(argv=None):
         "kept in its probes.json")
     add("--labels", type=Path, help="with --probes or --cones: lines {\"text\": ..., \"labels\": "
         "{\"task\": [[start, end, \"class\"], ...]}}, in characters, in the place of Python")
-    add("--html", type=Path, help="write the page there")
+    add("--html", type=page_path, help="write the page there")
     add("--html-features", type=runs.at_least(0), default=60,
         help="latents of each run on the page, evenly spaced by firing rate; default 60")
     add("--plot", type=Path, help="write the L0-FVU frontier there, as .png, .svg or .pdf")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     args = parser.parse_args(argv)
     args.runs = list({path.resolve(): path for path in args.runs}.values())
-    if args.html and args.html.is_dir():
-        parser.error(f"--html {args.html}: a folder; name a file")
     if args.features is not None and args.features != "top":
         try:
             args.features = [int(i) for i in args.features.split(",")]

@@ -46,7 +46,7 @@ from evaluation.experiments import open_lab
 from evaluation.intervals import bootstrap, holm, sign_flip
 from evaluation.predicting import frequent, passive, reading, scores
 from evaluation.programs import Program
-from evaluation.saved import open_language_run, write_page, write_result
+from evaluation.saved import open_language_run, page_path, write_page, write_result
 from evaluation.tables import print_table
 
 BACKGROUND, FOUND, TESTS = 200, 12, 8
@@ -70,14 +70,12 @@ def parse_args(argv=None):
         "that holds the key; default OPENAI_API_KEY")
     add("--llm-calls", type=runs.count, default=500, help="at most; default 500")
     add("--llm-timeout", type=runs.at_least(0.1, float), default=60, help="seconds; default 60")
-    add("--html", type=Path, help="write the page there")
+    add("--html", type=page_path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     args = parser.parse_args(argv)
     if (args.llm is None) != (args.llm_model is None):
         parser.error("--llm, --llm-model: give both, as in --llm http://localhost:8000/v1 "
                      "--llm-model NAME")
-    if args.html and args.html.is_dir():
-        parser.error(f"--html {args.html}: a folder; name a file")
     args.torch_device = runs.open_device(args.device)
     return args
 

@@ -13,9 +13,9 @@ are ranked by their best F1 on training contexts, and reported on held-out ones.
 Changes   at the run's layer, wherever a token is drawn (evaluation/generate.py):
           latent i          x + alpha peak_i W_dec[i]; peak_i: its largest code in training
           latent i clamped  x + (alpha peak_i - z_i(x)) W_dec[i]: the code is set, the error stays
-Controls  random latents: for each prompt another of the 50 live latents that fire about as often
-          as the first one tested, its row as long as that one's. A random direction for each
-          prompt, the difference of means and the linear probe's w, all as long as the second
+Controls  random latents for i: for each prompt one of the 50 live latents that fire about as often
+          as i, drawn at random, its row as long as that of i. Then the difference of means, the
+          linear probe's w and, for each prompt, a random direction: these three of one length
 Doses     alpha doubles from ALPHAS[0] until the price is passed, and one dose is added where a
           price that grows like alpha^2 would be met; for the first latent also downwards. Prompts,
           samples and noise are the same for all
@@ -25,9 +25,10 @@ Measured  rate: the share of new tokens with the concept. Price: by how much the
 Equal     The effect, rate less unsteered rate, is compared at the dose where the price is --price,
 price     linearly between the doses on both sides. A way that never costs as much stands with its
           largest dose and '<'. Text that repeats itself may be cheap: look at distinct, too
-Sure?     Intervals: bootstrap over prompts (95 %), weights of the doses fixed. p: paired over
-          prompts, the effect less that of the random latents, by sign flips; Holm over the latents
-          of this command. A latent 'steers' if that p is below 0.05 and the difference above 0
+Sure?     Intervals: bootstrap over prompts (95 %), doses and their weights held fixed. less random:
+          the effect less that of the latent's random ones, at --price or, if one of both never
+          costs so much, at the highest price that both reach. p of that: sign flips over prompts,
+          Holm over the latents of this command. A latent 'steers' if p < 0.05 and it is above 0
 Writes RUN/steering.json. Bad input costs one line and the exit code 2.
 """
 import sys
@@ -39,10 +40,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import runs
-from evaluation import concepts, page
+from evaluation import concepts, page, probes
 from evaluation.generate import Writer, by_prompt, distinct, prompts
 from evaluation.intervals import bootstrap, holm, sign_flip
-from evaluation.saved import open_language_run, write_page, write_result
+from evaluation.saved import open_language_run, page_path, write_page, write_result
 from evaluation.tables import print_table
 from sources.text import Contexts
 
@@ -69,7 +70,7 @@ def parse_args(argv=None):
     add("--length", type=runs.at_least(2), default=12, help="new tokens of each; default 12")
     add("--price", type=runs.at_least(0.01, float), default=1.0, help="nats a token; default 1")
     add("--seed", type=runs.at_least(0), default=0, help="of all draws; default 0")
-    add("--html", type=Path, help="write the page there")
+    add("--html", type=page_path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     args = parser.parse_args(argv)
     given = [f for f in ("concept", "regex", "so_far") if getattr(args, f) is not None]
@@ -77,8 +78,6 @@ def parse_args(argv=None):
         parser.error("--concept, --regex, --so-far: give one of them, as in --concept digit")
     if args.labels and "=" not in (args.concept or ""):
         parser.error("--labels: name a class in it, as in --concept role=argument")
-    if args.html and args.html.is_dir():
-        parser.error(f"--html {args.html}: a folder; name a file")
     args.torch_device = runs.open_device(args.device)
     return args
 
@@ -102,68 +101,81 @@ class Experiment:
         self.probe = w.float() / w.norm() * self.means.norm()
         self.none = self.try_(None, 0)
 
-    def try_(self, change, alpha):
-        """What changes at this dose: rate, ce and distinct [P], price, and the new tokens."""
-        found = self.writer.write(change)
-        if self.concept.judge:
-            w, b = self.concept.judge
-            found.y = (found.x.double() @ w + b > 0).cpu()
-        else:
-            P, S, N = found.ids.shape
-            both = torch.cat([self.prompts[:, None].expand(-1, S, -1), found.ids], 2)
-            found.y = torch.from_numpy(self.concept.true(both.flatten(0, 1).numpy()))
-            found.y = found.y[:, -N:].view(P, S, N)
-        found.x, found.alpha = None, alpha
-        found.rate, found.ce = (by_prompt(v, found.live) for v in (found.y.float(), found.ce))
-        found.distinct = torch.tensor(distinct(found.ids, found.live)).nanmean().item()
-        found.price = (found.ce - self.none.ce).mean().item() if alpha or change else 0.0
-        return found
+    def judged(self, x):
+        """What the probe of --labels says of activations [..., D], bool."""
+        w, b = self.concept.judge
+        return (x.double() @ w + b > 0).cpu()
 
-    def climb(self, at, sign=1):
-        """[outcome of each dose], from the smallest on; at(alpha) -> a change."""
+    def try_(self, change, alpha):
+        """The outcome of a dose: rate and ce [P], price, distinct; of each new token [P, S, N] its
+        id, y (has it the concept?) and live."""
+        text = self.writer.write(change)
+        if self.concept.judge:
+            y = self.judged(text.x)
+        else:
+            P, S, N = text.ids.shape
+            both = torch.cat([self.prompts[:, None].expand(-1, S, -1), text.ids], 2)
+            y = torch.from_numpy(self.concept.true(both.flatten(0, 1).numpy()))
+            y = y[:, -N:].view(P, S, N)
+        ce = by_prompt(text.ce, text.live)
+        return SimpleNamespace(
+            alpha=alpha, rate=by_prompt(y.float(), text.live), ce=ce,
+            price=(ce - self.none.ce).mean().item() if change else 0.0,
+            distinct=torch.tensor(distinct(text.ids, text.live)).nanmean().item(),
+            ids=text.ids, y=y, live=text.live)
+
+    def climb(self, way, sign=1):
+        """[outcome of each dose], from the smallest on; way(alpha) -> a change, x -> x."""
         out, before, root = [], self.none, lambda price: max(0.0, price) ** 0.5
         for alpha in ALPHAS:
-            now = self.try_(at(sign * alpha), sign * alpha)
+            now = self.try_(way(sign * alpha), sign * alpha)
             if now.price >= self.args.price:
                 t = (root(self.args.price) - root(before.price)) / (
                     root(now.price) - root(before.price))
                 middle = before.alpha + t * (now.alpha - before.alpha)
-                return [*out, *([self.try_(at(middle), middle)] if t < 1 else []), now]
+                return [*out, *([self.try_(way(middle), middle)] if t < 1 else []), now]
             out, before = [*out, now], now
         return out
 
     def along(self, v):
-        """The ladder's changes by alpha times v, [D] or a row for each prompt [P, D]."""
+        """The way that adds alpha times v, [D] or a row for each prompt [P, D]."""
         v = v.float().expand(len(self.prompts), -1).repeat_interleave(self.args.samples, 0)
         return lambda alpha: lambda x: x + alpha * v.to(x.device)
 
-    def at_price(self, outcomes):
-        """dose, price, reached, rate and effect [P] where the price is that of --price."""
+    def at_price(self, outcomes, price):
+        """dose, price, reached, distinct and effect [P] where the price is first this one."""
         before = self.none
         for after in outcomes:
-            if after.price >= self.args.price:
-                t = (self.args.price - before.price) / (after.price - before.price)
+            if after.price >= price:
+                t = (price - before.price) / (after.price - before.price)
                 mix = lambda a, b: (1 - t) * a + t * b
                 return SimpleNamespace(reached=True, dose=mix(before.alpha, after.alpha),
-                                       price=self.args.price, shown=after if t > 0.5 else before,
+                                       price=price, shown=after if t > 0.5 else before,
                                        distinct=mix(before.distinct, after.distinct),
                                        effect=mix(before.rate, after.rate) - self.none.rate)
             before = after
         return SimpleNamespace(reached=False, dose=before.alpha, price=before.price, shown=before,
                                distinct=before.distinct, effect=before.rate - self.none.rate)
 
+    def more(self, outcomes, control):
+        """The effect less that of a control [P], at --price or the highest price that both reach;
+        None where that is not above 0."""
+        price = min(self.args.price, *(max(o.price for o in way) for way in (outcomes, control)))
+        return None if price <= 0 else (self.at_price(outcomes, price).effect
+                                        - self.at_price(control, price).effect)
+
     def own_controls(self, seed):
         """{name: v} of what needs no dictionary."""
-        g = torch.Generator().manual_seed(seed)
-        random = torch.randn(len(self.prompts), len(self.means), generator=g).to(self.device)
+        random = torch.randn(len(self.prompts), len(self.means),
+                             generator=torch.Generator().manual_seed(seed)).to(self.device)
         return {"random direction": random / random.norm(dim=1, keepdim=True) * self.means.norm(),
                 "difference of means": self.means, "linear probe": self.probe}
 
 def steer(ranked, e, latents, args):
     """{name: outcomes of its doses, ascending, without the unsteered one}, measured one by one."""
     first, ways = latents[0], {}
-    controls = {"random latents": ranked.random(first, latents, len(e.prompts), args.seed),
-                **e.own_controls(args.seed)}
+    controls = {f"random latents for {i}": ranked.random(i, latents, len(e.prompts), args.seed)
+                for i in latents} | e.own_controls(args.seed)
     with runs.Bar(total=len(latents) + 2 + len(controls), desc="steer", unit="way") as bar:
         down = e.climb(e.along(ranked.row(first)), sign=-1)
         bar.update()
@@ -183,26 +195,28 @@ def steer(ranked, e, latents, args):
 
 def summary(e, ways, latents):
     """{way: what the table and steering.json say of it}, the verdict on each latent among it."""
-    ends = {name: e.at_price([o for o in found if o.alpha >= 0]) for name, found in ways.items()}
-    random, rows = ends["random latents"].effect, {}
+    up = {name: [o for o in found if o.alpha >= 0] for name, found in ways.items()}
+    ends, rows = {name: e.at_price(found, e.args.price) for name, found in up.items()}, {}
     for name, end in ends.items():
         low, high = bootstrap(end.effect)
-        more = end.effect - random
+        i = name.split()[1] if name.startswith("latent") else latents[0]
+        more = e.more(up[name], up[f"random latents for {i}"])
         rows[name] = dict(
             dose=end.dose, price=end.price, reached=end.reached, distinct=end.distinct,
             rate=(e.none.rate + end.effect).mean().item(), effect=end.effect.mean().item(),
-            low=low, high=high, more=more.mean().item(), p=sign_flip(more), doses=[dict(
+            low=low, high=high, more=None if more is None else more.mean().item(),
+            p=1.0 if more is None else sign_flip(more), doses=[dict(
                 alpha=o.alpha, rate=o.rate.mean().item(), price=o.price, distinct=o.distinct,
-                interval=bootstrap(o.rate)) for o in found_in(e, ways[name])])
+                interval=bootstrap(o.rate)) for o in with_unsteered(e, ways[name])])
     tested = [f"latent {i}" for i in latents]
     for name, p in zip(tested, holm([rows[name]["p"] for name in tested])):
         rows[name].update(p_holm=p, steers=p < 0.05 and rows[name]["more"] > 0)
     return rows, ends
 
-def found_in(e, outcomes):
-    """The doses, from the lowest on; 0 is the unsteered text, but of a clamped code its removal."""
-    zero = [] if any(o.alpha == 0 for o in outcomes) else [e.none]
-    return sorted([*zero, *outcomes], key=lambda o: o.alpha)
+def with_unsteered(e, outcomes):
+    """From the lowest dose on; 0 is the unsteered text, but of a clamped code its removal."""
+    doses = {o.alpha: o for o in [e.none, *outcomes]}
+    return [doses[alpha] for alpha in sorted(doses)]
 
 def tables(e, scores, rows):
     unsteered = f"unsteered rate {e.none.rate.mean():.3f}, {e.none.ce.mean():.2f} nats a token, " \
@@ -211,14 +225,17 @@ def tables(e, scores, rows):
                    f"{s['f1']:.3f}", f"{s['auc']:.3f}", f"{s['correlation']:.3f}"] for s in scores]
     steered = [[name, f"{r['dose']:.2f}", f"{'' if r['reached'] else '<'}{r['price']:.2f}",
                 f"{r['rate']:.3f}", f"{r['effect']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]",
-                f"{r['more']:+.3f}", f"{r['p_holm']:.4f}" if "p_holm" in r else "",
+                page.number(r["more"], "+.3f"), f"{r['p_holm']:.4f}" if "p_holm" in r else "",
                 {True: "steers", False: "does not"}.get(r.get("steers"), ""),
                 f"{r['distinct']:.2f}"] for name, r in rows.items()]
-    n, held = len(e.train.y), len(e.heldout.y)
+    n, held, judge = len(e.train.y), len(e.heldout.y), ""
+    if e.concept.judge:
+        f1 = probes.scores(e.judged(e.heldout.x), e.heldout.y.cpu())[2]
+        judge = f"; the probe that judges new text, which is also a control, has an F1 of {f1:.3f}"
     return [(f"Latents for {e.concept.name}", f"{e.train.y.double().mean():.2%} of {n:,} tokens of "
              f"training contexts have it; f1 with its threshold from these, auc and correlation on "
-             f"{held:,} held-out tokens", "latent fires peak f1-train f1 auc correlation".split(),
-             correlates),
+             f"{held:,} held-out tokens{judge}",
+             "latent fires peak f1-train f1 auc correlation".split(), correlates),
             ("Steering at equal price", f"{len(e.prompts)} prompts; {unsteered}",
              ["change", "dose", "price", "rate", "effect", "less random", "p", "verdict",
               "distinct"], steered)]
@@ -226,19 +243,20 @@ def tables(e, scores, rows):
 def render(e, run, shown, rows, ways, ends, first):
     """The page of one command; first: the way that the figures and continuations are about."""
     point = lambda x, values: (x, values.mean().item(), *bootstrap(values))
-    dose = {name: [point(o.alpha, o.rate) for o in found_in(e, ways[name])]
-            for name in (first, f"{first} clamped", "random latents")}
-    others = [n for n in ways if n.startswith("random") or not n.startswith("latent")]
-    more = [n for n in ways if n not in others and n != first and "clamped" not in n]
+    random = f"random latents for {first.split()[1]}"
+    dose = {name: [point(o.alpha, o.rate) for o in with_unsteered(e, ways[name])]
+            for name in (first, f"{first} clamped", random)}
+    others = [n for n in ways if not n.startswith(("latent", "random latents"))]
+    more = [n for n in ways if n.startswith("latent") and n != first and "clamped" not in n]
     price = {name: sorted(point(o.price, o.rate - e.none.rate) for o in ways[name] if o.alpha > 0)
-             for name in [first, *others, *more][:6]}
+             for name in [first, random, *others, *more][:6]}
     figures = [
         (page.dose_svg("Rate of the concept over the dose", "alpha", "rate in the continuation",
                        dose), "Dose and response, with intervals over prompts."),
         (page.dose_svg("Effect over the price", "price: nats a token above the unsteered text",
                        "effect: rate less the unsteered rate", price),
-         f"What each way buys; they are compared at a price of {e.args.price:g}.")]
-    texts = {"before": e.none, "after": ends[first].shown, "random": ends["random latents"].shown}
+         f"What six ways buy, at most; they are compared at a price of {e.args.price:g}.")]
+    texts = {"before": e.none, "after": ends[first].shown, "random": ends[random].shown}
     written = [([e.texts[i] for i in e.prompts[p]], {name: [
         (e.texts[i], y) for i, y, live in zip(*(t[p, 0].tolist() for t in (o.ids, o.y, o.live)))
         if live] for name, o in texts.items()}) for p in range(min(SHOWN, len(e.prompts)))]
@@ -270,8 +288,8 @@ def main(argv=None):
     shown = tables(e, scores, rows)
     for table in shown:
         print_table(*table)
-    result = dict(concept=e.concept.name, latents=scores, ways=rows)
-    write_result(args.run / "steering.json", result, source, args)
+    write_result(args.run / "steering.json", dict(
+        concept=e.concept.name, latents=scores, ways=rows), source, args)
     if args.html:
         write_page(args.html, render(e, str(args.run), shown, rows, ways, ends,
                                      f"latent {latents[0]}"))

@@ -10,9 +10,10 @@ settings of compare.py (finished runs of it beside --runs, in ../compare, are ta
 and applications/steer.py with its defaults: of each run and concept the latent of the largest F1 on training contexts, against
 random latents of its frequency and length, at equal price. What needs no dictionary is measured once a concept.
 
-Stated before this table was measured, when trials on 'digit' with one run of TopK and of Ordered had been seen: a latent steers
-its concept if its effect less that of the random latents is above 0 and its p, by sign flips over prompts, below 0.05 after
-Holm's correction over the concepts of the run. The claim counts as reproduced if the share of concepts that steer is larger for
+Stated before this table was measured, when trials on digit, comment and bracket with one run of TopK and of Ordered had been seen
+(of similar effect for both): a latent steers its concept if its effect less that of the random latents, at 1 nat or the highest
+price that both reach, is above 0 and its p, by sign flips over prompts, below 0.05 after Holm's correction over the concepts of
+the run. The claim counts as reproduced if the share of concepts that steer is larger for
 Ordered than for TopK by at least 0.2, as a mean over seeds, and by more than two standard errors of that mean; as turned round,
 if that holds with the two exchanged; else as not reproduced.
 """
@@ -53,13 +54,13 @@ COLUMNS = {                                           # name: value of {concept:
 def train(args):
     trained.train(args.runs, RUNS, args.part, lambda name: compare.finished(args.runs, name))
 
-def measured(e, ways):
-    """{way: what is kept of it} at equal price."""
+def measured(e, ways, control):
+    """{way: what is kept of it} at equal price; more: the effect less that of the control, by prompt, as in steer.py."""
     out = {}
     for name, outcomes in ways.items():
-        end = e.at_price(outcomes)
-        out[name] = dict(effect=[round(v, 5) for v in end.effect.tolist()], dose=end.dose, price=end.price,
-                         reached=end.reached, distinct=end.distinct)
+        end, more = e.at_price(outcomes, e.args.price), e.more(outcomes, ways[control])
+        out[name] = dict(effect=[round(v, 5) for v in end.effect.tolist()], dose=end.dose, price=end.price, reached=end.reached,
+                         distinct=end.distinct, more=None if more is None else [round(v, 5) for v in more.tolist()])
     return out
 
 def evaluate(args):
@@ -74,7 +75,8 @@ def evaluate(args):
         e = steer.Experiment(flags, *opened[1:])
         for name in left:
             if name == "none":                        # what needs no dictionary
-                row = dict(ways=measured(e, {way: e.climb(e.along(v)) for way, v in e.own_controls(flags.seed).items()}),
+                ways = {way: e.climb(e.along(v)) for way, v in e.own_controls(flags.seed).items()}
+                row = dict(ways=measured(e, ways, OWN[2]),
                            rate=e.none.rate.mean().item(), ce=e.none.ce.mean().item(), share=e.train.y.double().mean().item())
             else:
                 sae = SAE(args.runs / name).to(e.device)
@@ -83,7 +85,7 @@ def evaluate(args):
                 i, = ranked.best(1)
                 random = ranked.random(i, [i], len(e.prompts), flags.seed)
                 row = dict(scores=ranked.scores(i), ways=measured(e, {
-                    BEST: e.climb(e.along(ranked.row(i))), RANDOM: e.climb(e.along(random))}))
+                    BEST: e.climb(e.along(ranked.row(i))), RANDOM: e.climb(e.along(random))}, RANDOM))
             done[concept, name] = dict(concept=concept, run=name, **row)
             with path.open("a") as f:
                 f.write(json.dumps(done[concept, name]) + "\n")
@@ -93,11 +95,11 @@ def evaluate(args):
 
 # --- tables ---------------------------------------------------------------------------------------
 
-def steers(of, way=BEST, against=RANDOM):
+def steers(of, way=BEST):
     """{concept: does it steer?} of {concept: row}, Holm over the concepts."""
-    more = {c: np.subtract(r["ways"][way]["effect"], r["ways"][against]["effect"]) for c, r in of.items()}
-    p = dict(zip(more, holm([sign_flip(d) for d in more.values()])))
-    return {c: bool(p[c] < 0.05 and more[c].mean() > 0) for c in more}
+    more = {c: r["ways"][way]["more"] for c, r in of.items()}
+    p = dict(zip(more, holm([sign_flip(d) if d else 1.0 for d in more.values()])))
+    return {c: p[c] < 0.05 and mean(more[c]) > 0 for c in more}
 
 def ranks(of):
     """Spearman's correlation of F1 and effect over the concepts of a run."""
@@ -134,7 +136,7 @@ def report(args):
     lines += [f"| {name} | " + " | ".join(cell([f(of) for of in group], form) for f, form in COLUMNS.values()) + " |"
               for name, group in rows.items()]
     for way in OWN:
-        share = "" if way == OWN[2] else f"{mean(steers(none, way, OWN[2]).values()):.2f}"
+        share = "" if way == OWN[2] else f"{mean(steers(none, way).values()):.2f}"
         effect = mean(mean(r["ways"][way]["effect"]) for r in none.values())
         lines.append(f"| *{way}* | | {share} | {effect:+.3f} | | | | {mean(r['ways'][way]['distinct'] for r in none.values()):.2f} |")
     lines += ["", "steer: share of concepts whose best latent steers (of what needs no dictionary: against the random direction).",

@@ -57,7 +57,7 @@ def token_texts(tokenizer, n):
 def compiled(flag, pattern):
     try:
         return re.compile(pattern)
-    except re.error as err:
+    except (re.error, OverflowError, RecursionError) as err:
         runs.fail(f"{flag} {pattern}: no regular expression ({err}); mend it, or quote it")
 
 class Concept:
@@ -124,6 +124,8 @@ def labelled(args, source, model, tokenizer, block):
     """The same of the documents of --labels, and what is true of the tokens, [N] bool each. Three
     fifths and one fifth of the documents to train on, the rest held out."""
     task, _, of = args.concept.partition("=")
+    if Contexts(tokenizer, 2).letters:
+        runs.fail("--labels: not for a protein model; use --regex or --so-far")
     if not tokenizer.is_fast:
         runs.fail("--labels: this tokenizer gives no offsets of its tokens in the text; give the "
                   "model a fast tokenizer (tokenizer.json)")
@@ -153,7 +155,7 @@ def prepare(args, source, model, tokenizer, block, texts):
         flag, concept = f"--concept {args.concept}", Concept(args.concept, "probe", None, texts)
         parts = labelled(args, source, model, tokenizer, block)
     else:
-        if args.concept:
+        if args.concept is not None:
             flag, concept = f"--concept {args.concept}", named(args.concept, texts)
         elif args.regex is not None:
             flag, kind, pattern = f"--regex {args.regex}", "token", compiled("--regex", args.regex)
@@ -161,6 +163,8 @@ def prepare(args, source, model, tokenizer, block, texts):
         else:
             flag, pattern = f"--so-far {args.so_far}", compiled("--so-far", args.so_far)
             concept = Concept(args.so_far, "text", pattern, texts)
+        if concept.kind == "token":                           # '<|endoftext|>' is no operator
+            concept.table[[i for i in tokenizer.all_special_ids if i < len(texts)]] = False
         parts = []
         for x, ids, where in harvested(source):
             context, place = where // ids.shape[1], where % ids.shape[1]

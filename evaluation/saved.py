@@ -183,6 +183,12 @@ def write_result(path, result, source, args=None, flag="run directory"):
         result["flags"] = {k: given[k] for k in given.keys() - {"torch_device", "runs"}}
     return write(path, json.dumps(without_nan(result), indent=1, allow_nan=False), flag)
 
+def page_path(text):
+    """The argparse type of --html."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: a folder; name a file")
+    return Path(text)
+
 def write_page(path, text):
     write(path, text, "--html")
     print(f"\npage: {path}")

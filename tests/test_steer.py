@@ -181,7 +181,7 @@ def test_a_planted_cause_steers_and_a_correlate_does_not(planted, tmp_path, caps
     cause, correlate = ways["latent 0"], ways["latent 1"]
     assert cause["steers"] and cause["p_holm"] < 0.01 and cause["low"] > 0.1 and cause["reached"]
     assert not correlate["steers"] and abs(correlate["effect"]) < 0.05
-    assert abs(ways["random latents"]["effect"]) < 0.1 and ways["latent 0 clamped"]["low"] > 0.1
+    assert abs(ways["random latents for 0"]["effect"]) < 0.1 and "random latents for 1" in ways and ways["latent 0 clamped"]["low"] > 0.1
     assert ways["random direction"]["effect"] < cause["effect"] / 2
     removed = ways["latent 0 clamped"]["doses"][0]
     assert removed["alpha"] == 0 and removed["rate"] < 0.25   # of a latent that the unsteered text does not use
@@ -202,12 +202,17 @@ def test_effects_are_compared_at_equal_price():
         price=0.0, alpha=0, rate=torch.tensor([0.1, 0.1]), distinct=1.0))
     dose = lambda alpha, price, rate: SimpleNamespace(price=price, alpha=alpha, rate=torch.tensor(rate), distinct=0.5)
     first, second = dose(1, 0.5, [0.2, 0.3]), dose(2, 1.5, [0.4, 0.5])
-    got = steer.Experiment.at_price(e, [first, second])
+    e.at_price = lambda *of: steer.Experiment.at_price(e, *of)
+    got = e.at_price([first, second], 1.0)
     assert got.reached and got.dose == 1.5 and torch.allclose(got.effect, torch.tensor([0.2, 0.3]))
-    got = steer.Experiment.at_price(e, [dose(1, 2.0, [0.5, 0.3])])
+    got = e.at_price([dose(1, 2.0, [0.5, 0.3])], 1.0)
     assert got.reached and got.dose == 0.5 and torch.allclose(got.effect, torch.tensor([0.2, 0.1]))
-    got = steer.Experiment.at_price(e, [first])
+    got = e.at_price([first], 1.0)
     assert not got.reached and (got.dose, got.price) == (1, 0.5) and torch.allclose(got.effect, torch.tensor([0.1, 0.2]))
+    more = lambda *of: steer.Experiment.more(e, *of)
+    cheap, half = [dose(1, 0.25, [0.1, 0.1])], torch.tensor([0.05, 0.1])            # at .25, where `first` has half its effect
+    assert torch.allclose(more([first, second], cheap), half) and torch.allclose(more(cheap, [first, second]), -half)
+    assert more([first, second], [dose(1, -0.1, [0.1, 0.1])]) is None
 
 def test_labels_are_judged_by_a_probe(planted, tmp_path):
     """Of new text there are no labels: the linear probe, trained on the labels, finds the digits in it."""
@@ -227,8 +232,8 @@ def test_labels_are_judged_by_a_probe(planted, tmp_path):
     assert not found["ways"]["latent 1"]["steers"] and found["concept"] == "kind=number"
 
 @pytest.mark.parametrize("argv, words", [
-    (["--concept", "digits"], ["--concept digits", "digit", "letter:X"]), ([], ["--concept", "--regex"]),
-    (["--regex", "("], ["--regex (", "regular expression"]), (["--regex", "^zzz"], ["--regex ^zzz", "0 of", "another"]),
+    (["--concept", "digits"], ["--concept digits", "digit", "letter:X"]), (["--concept", ""], ["--concept", "unknown"]), ([], ["--concept", "--regex"]),
+    (["--regex", "("], ["--regex (", "regular expression"]), (["--regex", "a{99999999999}"], ["--regex a", "regular expression"]), (["--regex", "^zzz"], ["--regex ^zzz", "0 of", "another"]),
     (["--so-far", ".*"], ["--so-far .*", "holds for"]), (["--concept", "digit", "--latents", "23"], ["--latents 23", "0 to 22"]),
     (["--concept", "digit", "--latents", "2"], ["--latents 2", "dead"]),
     (["--concept", "digit", "--regex", "a"], ["give one"]), (["--concept", "digit", "--labels", "x"], ["--labels", "role=argument"]),
@@ -342,7 +347,7 @@ def test_a_protein_model_from_harvest_to_steering(tmp_path, capsys):
                 "--prompt-length", "24", "--html", str(tmp_path / "p.html")])
     print(capsys.readouterr().out)
     found = json.loads((tmp_path / "run/steering.json").read_text())
-    best, random = found["ways"][f"latent {found['latents'][0]['latent']}"], found["ways"]["random latents"]
+    best, random = found["ways"][f"latent {(i := found['latents'][0]['latent'])}"], found["ways"][f"random latents for {i}"]
     assert found["latents"][0]["f1"] > 0.6
     assert best["steers"] and best["low"] > 0 and best["effect"] > 0.1 and abs(random["effect"]) < best["effect"] / 2
     args = steer.parse_args([str(tmp_path / "run"), "--so-far", "[DE]{3}"])
@@ -380,7 +385,7 @@ def test_the_page_in_a_browser(started, steered, width, mobile):
     figures = started.shown("svg")
     assert len(figures) == 2 and len(started.all("svg:first-of-type .run")) >= 8
     names = [t.get_attribute("textContent") for t in figures[1].find_elements("css selector", ".run text")]
-    assert {"random latents", "random direction", "difference of means", "linear probe"} <= set(names) and len(names) == 6
+    assert {"random latents for 1", "random direction", "difference of means", "linear probe"} <= set(names) and len(names) == 6
     assert len(figures[0].find_elements("css selector", "path.mark")) >= 8 and len(started.texts("h4")) == steer.SHOWN
     marked = [m.text for m in started.shown("dd mark")]
     assert marked and all(any(c.isdigit() for c in m) for m in marked)

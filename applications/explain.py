@@ -19,8 +19,8 @@ verdict      fires: at least a quarter of the mean of the ten peaks. confirmed: 
 review       the REVIEWED best so far are tested on FOUND more real tokens; then the next round,
              with all that has been read, --rounds in all; conclusion: of the hypotheses that were
              tested and not refuted the one of the best score; then its strengths
-score        cor(program, code) on the pool, estimated from what was read, times a little less than 1
-             for each literal and text that it needs (evaluation/evidence.py)
+score        cor(program, code) on the pool, estimated from what was read, less a little for each
+             literal and text that it needs (evaluation/evidence.py)
 
 Scores, on held-out tokens: r and AUC over all of them, silent ones included; r10: SAGE's r over ten
 exemplars: 4 from the eleventh rank to 40 %, 3 to 70 %, 3 to 100 %; written: of at most ten texts

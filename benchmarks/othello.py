@@ -6,7 +6,8 @@
 
 --model othello, layer 6, 4M tokens in batches of 2048 (four passes), 8 D = 1536 latents: each script with
 its defaults at an L0 of 32 (seeds 0, 1, 2) and 64 (seed 0), p-annealed L1 and gated among them (--p-end 0.2).
-TopK also on the untrained model, and at layers 1 to 7 (L0 32), where steer.py edits boards through its latents.
+TopK also on the untrained model, and at layers 1 to 7 (L0 32), where steer.py edits boards through its latents; at layer 6 it
+does so for all methods (seed 0), also along sums of SEVERAL latents.
 The published figures are those of papers on models and SAEs of other sizes; only their order is compared.
 """
 import json, sys
@@ -37,6 +38,7 @@ PUBLISHED = {"coverage": ["gated, p-annealed", "gated", "topk", "p-annealed", "v
              "reconstruction": ["p-annealed", "gated", "topk", "vanilla", "gated, p-annealed"]}
 KNOWN = "coverage", "coverage_one_t", "reconstruction"
 LAYERS = 1, 2, 3, 4, 5, 6, 7
+SEVERAL = 1, 2, 4, 8
 DATA = "--tokens 4e6"
 
 def command(name, script, flags, seed=0, model="othello", layer=6):
@@ -47,6 +49,8 @@ RUNS = dict(
      for l0, seeds in ((32, (0, 1, 2)), (64, (0,))) for seed in seeds for name, (script, flags) in METHODS.items()]
     + [command(f"untrained-{l0}-s0", "topk", K[l0], model="othello-untrained") for l0 in K]
     + [command(f"layer-{layer}", "topk", K[32], layer=layer) for layer in LAYERS if layer != 6])
+
+STEERED_RUNS = {name: f"{name.replace(', ', '-')}-32-s0" for name in METHODS}
 
 def train(args):
     trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in RUNS.items()}, args.part)
@@ -60,9 +64,13 @@ def evaluate(args):
     steer(args)
 
 def steer(args):
-    of_layer = ["topk-32-s0" if layer == 6 else f"layer-{layer}" for layer in LAYERS]
-    results = {name: steering.steer(*steering.load(args.runs / name, steering.parse_args([name]))) for name in of_layer}
-    write(steering=results)
+    of = lambda name, several: steering.steer(*steering.load(args.runs / name, steering.parse_args([name])), several)
+    write(steering={name: of(name, ()) for name in map(of_layer, LAYERS) if name not in STEERED_RUNS.values()}
+          | {name: of(name, SEVERAL) for name in STEERED_RUNS.values()})
+
+def of_layer(layer):
+    """TopK's run at this layer."""
+    return STEERED_RUNS["topk"] if layer == 6 else f"layer-{layer}"
 
 def write(**part):
     path = RESULTS / "othello.json"
@@ -116,7 +124,7 @@ def report(args):
               "reconstruction |",
               "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for layer in LAYERS:
-        r = rows["topk-32-s0" if layer == 6 else f"layer-{layer}"]
+        r = rows[of_layer(layer)]
         b, base = r["boards"], r["boards"]["baselines"]
         neurons, = (v for k, v in base.items() if "neurons" in k)
         lines.append(f"| {layer} | {r['fvu']:.4f} | {of(b, 'coverage', 'reconstruction')} | {b['legal']:.2%} | "
@@ -126,9 +134,16 @@ def report(args):
               "one edited board a game; wrong and missing moves of the model, how many fewer than with no change "
               "(paired), and how often it has all moves of the edited board right, plus or minus a standard error", "",
               "| layer | boards | change | strength | errors | fewer | all right |", "|--:|--:|---|--:|--:|--:|--:|"]
-    for layer, (ways, n) in zip(LAYERS, steering.values()):
+    for layer in LAYERS:
+        ways, n = steering[of_layer(layer)]
         lines += [f"| {layer} | {n} | {way} | {r['strength']:g} | {r['errors']:.2f} | {r['fewer']:.2f} \u00b1 {r['fewer_se']:.2f} | "
-                  f"{r['right']:.1%} \u00b1 {r['right_se']:.1%} |" for way, r in ways.items()]
+                  f"{r['right']:.1%} \u00b1 {r['right_se']:.1%} |" for way, r in ways.items() if way[0].isalpha()]
+    columns = ["SAE latent", *(f"{n} {kind}" for kind in ("latents", "untrained") for n in SEVERAL), "probe"]
+    lines += ["", "**Several latents** (layer 6, L0 32, seed 0): errors fewer than with no change, plus or minus a standard error. "
+              "n latents: the nearest sum of n rows to the probe's direction; n untrained: of as many random directions", "",
+              "| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(f"{steering[run][0][way]['fewer']:.2f} \u00b1 {steering[run][0][way]['fewer_se']:.2f}"
+                                         for way in columns) + " |" for name, run in STEERED_RUNS.items()]
     (RESULTS / "othello.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -7,10 +7,10 @@ code, not the text). Its measure, evaluation/metrics.py `hedging_degree`: an SAE
 weights, as it is (control) and with 64 more latents (widened); what the old latents differ by, in the span of the new
 ones, was mixed into them for want of these. 0: no more than in the span of random directions.
 
-smollm2, layer 6; 1M tokens to begin with, and again 1M, each with a whole schedule of rates (warm-up and decay) and
-fresh moments of Adam; k = 32, all other settings the defaults. Widths 2 D and 8 D. As in the code: new rows of W_enc
-are .1 times those of W_dec, which are random, and b_enc is 0 there. Other than there: rows of W_dec have unit norm
-throughout (.1 there); 250M tokens and Gemma-2-2B there. Matryoshka's new latents join its last level.
+smollm2, layer 6; 1M tokens to begin with, and again 1M, each with a whole schedule of rates (warm-up and decay, both SAEs at
+the rate of the narrow one) and fresh moments of Adam; k = 32, all other settings the defaults. Widths 2 D and 8 D. As in the
+code: new rows of W_enc are .1 times those of W_dec, which are random, and b_enc is 0 there. Other than there: rows of W_dec
+have unit norm throughout (.1 there); 250M tokens and Gemma-2-2B there. Matryoshka's new latents join its last level.
 
   h              the degree; q, q0: before chance is taken off, and chance
   moved          h of the control against its own start: what training on moves in that span anyway
@@ -33,12 +33,16 @@ METHODS = {"topk": (topk_sae, []), "batchtopk": (matryoshka_sae, ["--balance", "
            "balanced matryoshka": (matryoshka_sae, ["--balance", "0.75"])}
 WIDTHS, SEEDS, NEW, TOKENS = (2, 8), (0, 1, 2), 64, 1_000_000
 
-def settings(script, flags, seed):
-    """(args, source) of a script, as its train() makes them."""
+def settings(script, flags, width, seed):
+    """(args, source) of a script for a width in D, as its train() makes them."""
     args = script.parse_args(["--layer", "6", "--cache-tokens", "1000000", "--tokens", str(TOKENS), "--seed", str(seed), *flags])
     source = data.open_source(args, runs.setup(args))
     args.steps, args.auxk, args.dead_after = args.tokens // args.batch_size, source.d_in // 2, args.tokens // 100
     args.warmup, args.k_start = max(1, args.steps // 10), args.k
+    args.d_sae = width * source.d_in
+    args.lr = script.default_lr(args.d_sae, args.steps)
+    if script is matryoshka_sae:
+        args.widths = sorted({args.d_sae * i // 32 for i in (1, 3, 7, 15, 32)}) if args.balance else [args.d_sae]
     return args, source
 
 def build(script, args, D):
@@ -46,7 +50,6 @@ def build(script, args, D):
 
 def train(script, args, source, sae, first):
     """Trains sae for args.steps on the batches from `first` on, in place."""
-    args.lr = script.default_lr(args.d_sae, args.steps)
     sae.train()
     opt, state = runs.adam(sae, args.lr, script.BETAS), script.init_state(args, source.device)
     for step in range(args.steps):
@@ -56,7 +59,7 @@ def train(script, args, source, sae, first):
     return sae
 
 def widened(script, args, sae, D, seed):
-    """sae with NEW latents more, and the settings with that width."""
+    """sae with NEW latents more, and the settings with that width; the rate stays, as the control has it."""
     args = argparse.Namespace(**vars(args) | dict(d_sae=args.d_sae + NEW))
     if hasattr(args, "widths"):
         args.widths = [*args.widths[:-1], args.d_sae]
@@ -70,7 +73,7 @@ def widened(script, args, sae, D, seed):
 
 @torch.no_grad()
 def fvu(sae, x):
-    """Held-out FVU, and which latents fire: for Matryoshka the first half sets the threshold."""
+    """Held-out FVU, and which latents fire: for Matryoshka every second row sets the threshold."""
     if hasattr(sae, "set_threshold"):
         sae.set_threshold(x[::2])
     fires, error = False, 0.0
@@ -81,11 +84,8 @@ def fvu(sae, x):
 
 def measure(method, width, seed):
     script, flags = METHODS[method]
-    args, source = settings(script, flags, seed)
+    args, source = settings(script, flags, width, seed)
     D = source.d_in
-    args.d_sae = width * D
-    if script is matryoshka_sae:
-        args.widths = sorted({args.d_sae * i // 32 for i in (1, 3, 7, 15, 32)}) if args.balance else [args.d_sae]
     torch.manual_seed(seed)
     start = train(script, args, source, build(script, args, D), 0)
     wide, wide_args = widened(script, args, start, D, seed)
@@ -105,11 +105,11 @@ def main():
     parser.add_argument("--runs", type=Path, required=True, help="finished ones, a line each; they are kept")
     parser.add_argument("--out", type=Path, help="also write the table there")
     args = parser.parse_args()
-    names = [(method, width, seed) for seed in SEEDS for width in WIDTHS for method in METHODS]
+    names = [(method, width, seed, TOKENS, NEW) for seed in SEEDS for width in WIDTHS for method in METHODS]
     found = {tuple(line["name"]): line for line in map(json.loads, args.runs.open())} if args.runs.exists() else {}
     for name in names:
         if name not in found:
-            found[name] = dict(name=name) | measure(*name)
+            found[name] = dict(name=name) | measure(*name[:3])
             with open(args.runs, "a") as out:
                 out.write(json.dumps(found[name]) + "\n")
             print(found[name], flush=True)
@@ -118,7 +118,7 @@ def main():
              "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
     for width in WIDTHS:
         for method in METHODS:
-            rows = [found[method, width, seed] for seed in SEEDS]
+            rows = [found[method, width, seed, TOKENS, NEW] for seed in SEEDS]
             of = lambda f: mean(map(f, rows))
             lines.append(f"| {method} | {width} D | {', '.join(format(r['h'], '.3f') for r in rows)} | {of(lambda r: r['h']):.3f} "
                          f"| {of(lambda r: r['q']):.3f} | {of(lambda r: r['q0']):.3f} | {of(lambda r: r['moved']):.3f} | "

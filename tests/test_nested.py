@@ -1,5 +1,6 @@
 """matryoshka_sae.py and ordered_sae.py: the nested losses are exact (claim 1; tests/test_nested_claims.py
 has the others), and so are the selection over a batch, the threshold, annealing and sweeping."""
+import importlib
 import shutil
 from argparse import Namespace
 
@@ -269,3 +270,20 @@ def test_sweep_freezes_latents_in_order():
             same = (old == new).all(0 if name == "W_enc" else 1) if old.dim() > 1 else old == new
             assert same[:frozen].all(), (step, name)
             assert step == 79 or (~same[frozen:]).sum() >= (N - frozen) / 2
+
+# --- benchmarks/hedging.py ------------------------------------------------------------------------
+
+def test_hedging_trains_control_and_widened_alike(monkeypatch):
+    """The SAE to begin with, the control and the widened one train at one rate, whatever their widths; and the widened one
+    starts as the control does."""
+    hedging, trained = importlib.import_module("benchmarks.hedging"), []
+    toy = hedging.data.open_source(matryoshka_sae.parse_args(["--model", "toy"]), torch.device("cpu"))
+    monkeypatch.setattr(hedging.data, "open_source", lambda args, device: toy)
+    monkeypatch.setattr(hedging, "TOKENS", 2 * 2048)
+    adam = runs.adam
+    monkeypatch.setattr(runs, "adam", lambda sae, lr, betas: trained.append((lr, sae.W_dec.detach().clone())) or adam(
+        sae, lr, betas))
+    found = hedging.measure("topk", 8, 0)                       # at 2 D the rate of this toy is the largest allowed
+    (rate, _), (lr, W), (wide_lr, wide) = trained
+    assert rate == lr == wide_lr and len(wide) == len(W) + hedging.NEW and torch.equal(W, wide[:len(W)])
+    assert 0 <= found["h"] <= 1

@@ -99,10 +99,10 @@ def main():
     for by in ("pixels", "class"):
         lines += ["", f"**By {by}** (chance {cell(neurons, f'{by} chance')})", "",
                   "| | FVU | with a score | mean | 10+ | best | random: mean | 10+ |", "|---|" + "--:|" * 7,
-                  f"| {D} neurons | | {cell(neurons, 'live', 'd')} | "
+                  f"| {D} neurons | | {cell(neurons, 'live', 'd')} of {D} | "
                   + " | ".join(cell(neurons, f"{by} {n}") for n in names) + " | | |"]
-        lines += [f"| k = {k}, F = {e} D | {cell(('latents', k, e), 'fvu')} | {cell(('latents', k, e), 'live', 'd')} | "
-                  + " | ".join(cell(("latents", k, e), f"{by} {n}") for n in names) + " | "
+        lines += [f"| k = {k}, F = {e} D | {cell(('latents', k, e), 'fvu')} | {cell(('latents', k, e), 'live', 'd')} of "
+                  f"{e * D} | " + " | ".join(cell(("latents", k, e), f"{by} {n}") for n in names) + " | "
                   + " | ".join(cell(("random", k, e), f"{by} {n}") for n in names[:2]) + " |" for k, e in settings]
         value = lambda rows, who, k, e: rows[who, k, e][f"{by} mean_10"]
         beats = lambda who, *at: sum(value(rows, "latents", k, e) > value(rows, who, *(at or (k, e)))

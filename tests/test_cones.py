@@ -1,4 +1,5 @@
 """evaluation/cones.py: cases worked by hand, scipy's non-negative least squares, planted cones, controls, the command."""
+import importlib
 import itertools
 import json
 
@@ -104,3 +105,21 @@ def test_without_true_directions_it_costs_a_line(array, tmp_path, one_line):
     path = save(tmp_path / "run", torch.eye(16), torch.eye(16), flags=dict(activations=str(array[0])))
     one_line(lambda: evaluate.main([str(path), "--cones"]), "--cones", "X.npy", "leave it out")
     assert (path / "evaluation.json").exists()
+
+@pytest.mark.parametrize("seeds, where", [
+    ((0, 0), "inside the range tried"), ((0.3, -0.3), "inside the range tried, but not told"),
+    ((-0.6, -0.6), "on the edge of the range tried")])
+def test_a_sweet_spot_is_told_from_the_edge(seeds, where, monkeypatch, tmp_path, capsys):
+    """benchmarks/cones.py, of a highest mean .2 above an edge: by both seeds, by their mean alone, and not at all."""
+    bench = importlib.import_module("benchmarks.cones")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    cone = lambda v: dict(containment=[v] * 16, cosine=v, controls=dict(random=dict(containment=[0.0] * 16)))
+    rows = {name: dict(coverage=v, monosemanticity=dict(mean_10=v, random=dict(mean_10=0)),
+                       cones=dict.fromkeys(bench.KINDS, cone(v)))
+            for name in bench.RUNS for k, e, s in [name.split("-")]
+            for v in [0.7 + seeds[int(s[1])] if (k, e) == ("16", "8") else 0.5 if k == "4" else 0.1]}
+    (tmp_path / "cones.json").write_text(json.dumps(dict(machine="m", runs=rows)))
+    monkeypatch.setattr(bench.trained, "publish", lambda path, lines, fig: print("\n".join(lines)))
+    bench.report(None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("**")]
+    assert len(lines) == 8 and all(where in line for line in lines) and ("not told" in where) == ("not told" in lines[0])

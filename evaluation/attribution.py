@@ -1,23 +1,25 @@
 """Absorption by its first definition: which latent makes the model give a word's first letter?
 
-Chanin et al. 2024, arXiv 2409.14507, by the constants of its code (sae-spelling, commit 9bcada0);
-the metric is from notes on that code, not from the text. After the examples of first_letter.py the
-model is asked: '{word} has the first letter:'. A word of a letter counts as absorbed if
+Chanin et al. 2024, arXiv 2409.14507, by its code (lasr-spelling/sae-spelling), not by the text.
+After the examples of first_letter.py the model is asked: '{word} has the first letter:'. A word of
+a letter counts as absorbed if
 
     the letter's main latents are silent on it, and their logistic regression says no; and
-    of all latents the one with the largest effect has a lead of 1.0 on the second, and a cosine
-    with the letter's probe of 0.025 at least
+    of all latents the one with the largest |effect| helps (effect > 0), has a lead of 1.0 on the
+    second |effect|, and a cosine with the letter's probe of 0.025 at least
 
-    effect  of latent i at the word's last token: z_i (d_i . g), g the gradient of the logit of the
-            right letter by the activation there, mean of STEPS points between a - z W_dec and a:
-            integrated gradients of codes from 0 to z, the error term kept. Points in the middle of
-            equal parts are ours
+    metric  the logit of the right letter less the mean of those of the 25 others
+    effect  of latent i at the word's last token: z_i (d_i . g), g the gradient of the metric by the
+            activation there, mean of STEPS points between a - z W_dec and a: integrated gradients
+            of codes from 0 to z. Points in the middle of equal parts are ours, and that the error
+            a - z W_dec stays as it is: there it goes to 0 with the codes
     rate    absorbed words / words to which the probe says yes, per letter; mean over letters
 
-Of the words of a letter with silent main latents TRIED are asked about, the first in random order,
-and their share stands for all (ours, for time). This asks what the model computes with, where
-SAEBench's score asks what can be read; it needs a model that spells (`answered`: how often the
-right letter's logit is the largest of the 26) and a layer below which letters have not moved on.
+Of the words of a letter with silent main latents TRIED are asked about, the first in random order
+(200 there), and their share stands for all. This asks what the model computes with, where
+SAEBench's score asks what can be read; it needs a model that spells (`answered`: on how many of
+these words the right letter's logit is the largest of the 26, so it differs between SAEs), and a
+layer below which letters have not moved on.
 """
 import copy
 
@@ -63,15 +65,18 @@ class Speller:
         for step in range(STEPS):
             point = (x - change * (1 - (step + 0.5) / STEPS)).requires_grad_()
             with torch.enable_grad():
-                logit = self.logits(ids, point)[:, letter].sum()
-            total += torch.autograd.grad(logit, point)[0] / STEPS
+                logits = self.logits(ids, point)
+                metric = (26 * logits[:, letter] - logits.sum(1)).sum() / 25
+            total += torch.autograd.grad(metric, point)[0] / STEPS
         return total, right
 
 def absorbed(z, g, p, W_dec):
     """Is each word with codes z [n, F] and gradient g [n, D] absorbed? By the second condition."""
     effect = z * (g @ W_dec.T)                                               # (n, F)
-    (first, second), best = effect.topk(2).values.T, effect.argmax(1)
-    return (first - second >= LEAD) & (cosine_similarity(W_dec[best], p[None]) >= COS)
+    size, best = effect.abs().topk(2)                                        # (n, 2)
+    helps = effect.gather(1, best[:, :1])[:, 0] > 0
+    cosine = cosine_similarity(W_dec[best[:, 0]], p[None])
+    return helps & (size[:, 0] - size[:, 1] >= LEAD) & (cosine >= COS)
 
 def rate(speller, letter, ids, x, z, p, W_dec, main, says_no):
     """(rate, answered, words asked about) of one letter, on the words to which its probe says yes:

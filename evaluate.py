@@ -32,7 +32,7 @@ from evaluation.latents import chosen, detects, features, print_features
 from evaluation.saved import SAE, data_flags, open_data, page_path, write_page, write_result
 from evaluation.tables import agreement, plot, print_table, tables
 from othello import boards
-from sources import lm
+from sources import lm, toy
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ def parse_args(argv=None):
         "each row of --activations (on othello: always, by the boards)")
     add("--probes", action="store_true", help="first letters of words, roles of tokens in Python: "
         "evaluation/first_letter.py and probing.py; minutes for the first run, 1 for each further, "
-        "kept in its probes.json")
+        "2 at another L0; kept in its probes.json")
     add("--labels", type=Path, help="with --probes or --cones: lines {\"text\": ..., \"labels\": "
         "{\"task\": [[start, end, \"class\"], ...]}}, in characters, in the place of Python")
     add("--html", type=page_path, help="write the page there")
@@ -169,7 +169,8 @@ def evaluate_group(key, saes, args):
     if args.cones and (known or not probe):
         attempt(cones.report, measured, x, mean,
                 lambda: references(source, x, games and games[2], known),
-                [source.meta, known and known.facts], boards.__file__, *Known.code)
+                [source.meta, known and known.facts], *(
+                    Known.code if known else [(boards if games else toy).__file__]))
     shown = tables(rows)
     if args.consistency and (table := agreement(measured)):
         shown.append(table)

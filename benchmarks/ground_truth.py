@@ -6,8 +6,9 @@
 
 The settings of compare.py (2M tokens, 8 D latents, each script with its defaults; finished runs of compare.py beside --runs,
 in ../compare, are taken over), at layers 6 and 18 of 30, at an L0 of 32 (seeds 0, 1, 2), 16 and 64 (seed 0). Measures:
-evaluation/first_letter.py, probing.py and cones.py, each with its controls. A standard error is that of the mean of three
-seeds; with one seed there is none.
+evaluation/first_letter.py, probing.py and cones.py, each with its controls: those of the first run of a table, but letters
+shuffled among the words, which are of the first run of a layer, in the tables of its L0. A standard error is that of the mean
+of three seeds; with one seed there is none.
 """
 import json, sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import compare, trained
+from evaluation.tables import number
 from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
@@ -29,7 +31,8 @@ probed = lambda k, key="accuracy": lambda r: r["probing"][k][key]
 contained = lambda kind, of=lambda c: c: lambda r: of(r["cones"][kind])["containment"][3]
 COLUMNS = {                                                       # name: value of a row, format
     "L0": (lambda r: r["l0"], ".1f"), "FVU": (lambda r: r["fvu"], ".4f"),
-    "absorption": (letters("absorption"), ".3f"), "full": (letters("full"), ".3f"), "F1 of the best latent": (letters("f1_first"), ".3f"),
+    "L0 on words": (letters("l0"), ".1f"), "absorption": (letters("absorption"), ".3f"), "full": (letters("full"), ".3f"),
+    "F1 of the first latent": (letters("f1_first"), ".3f"),
     "probing, k = 1": (probed("1"), ".3f"), "k = 5": (probed("5"), ".3f"), "all": (probed("all"), ".3f"),
     "letters in 4 latents": (contained("first letters"), ".3f"), "roles in 4 latents": (contained("roles of tokens"), ".3f")}
 
@@ -49,20 +52,26 @@ def evaluate(args):
     (RESULTS / "ground-truth.json").write_text(json.dumps(dict(machine=machine(), runs=kept)) + "\n")
 
 def cell(values, form):
-    """Mean, and the standard error of several."""
-    return format(mean(values), form) + (f" \u00b1 {stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else "")
+    """Mean, and the standard error of several; of those that are there."""
+    values = [v for v in values if v is not None]
+    return number(mean(values) if values else None, form) + (
+        f" \u00b1 {stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else "")
 
 def beside(first):
-    """The rows of controls, of the first run: {name: {column: value}}."""
+    """The rows of controls, of the first run: {name: {column: value}}. Coordinates: of a, less its mean for letters, which
+    makes no difference to probing."""
     l, p, c = first["first_letter"], first["probing"]["beside"], first["cones"]
-    names = {"absorption": "absorption", "full": "full", "F1 of the best latent": "f1_first"}
-    out = {name: {column: l["controls"][name][key] for column, key in names.items()} for name in ("untrained", "coordinates", "shuffled")}
+    names = {"L0 on words": "l0", "absorption": "absorption", "full": "full", "F1 of the first latent": "f1_first"}
+    out = {column: {shown: l["controls"][name][key] for shown, key in names.items()} for name, column in (
+        ("untrained", "untrained"), ("coordinates", "coordinates"), ("shuffled", "letters shuffled"))}
+    if abs(out["letters shuffled"]["L0 on words"] / l["l0"] - 1) > 0.2:
+        del out["letters shuffled"]                            # of a run with another L0
     for name, column in (("untrained", "untrained"), ("residual", "coordinates"), ("token", "token alone"), ("full", "all activations")):
         row = out.setdefault(column, {})
         row.update({"probing, k = 1" if k == "1" else "k = 5" if k == "5" else "all": p[name][k]["accuracy"]
                     for k in ("1", "5", "all") if k in p[name]})
     for name in ("random", "activations", "shuffled"):
-        row = out.setdefault(dict(random="untrained").get(name, name), {})
+        row = out.setdefault(dict(random="untrained", shuffled="references permuted").get(name, name), {})
         row.update({f"{short} in 4 latents": c[kind]["controls"][name]["containment"][3]
                     for short, kind in (("letters", "first letters"), ("roles", "roles of tokens"))})
     return out
@@ -80,7 +89,7 @@ def report(args):
             lines += [f"**Layer {layer}, L0 {l0}**", "", "| | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
             lines += [f"| {name} | " + " | ".join(cell([f(r) for r in group], form) for f, form in COLUMNS.values()) + " |"
                       for name, group in rows.items()]
-            lines += [f"| *{name}* | " + " | ".join(format(values[column], form) if column in values else ""
+            lines += [f"| *{name}* | " + " | ".join(number(values[column], form) if column in values else ""
                                                     for column, (_, form) in COLUMNS.items()) + " |"
                       for name, values in beside(next(iter(rows.values()))[0]).items()]
             one = next(iter(rows.values()))[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import trained
+from evaluation.tables import number
 from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
@@ -26,10 +27,10 @@ COLUMNS = {                                          # name: value of a row, for
     "probing, k = 1": (lambda r: r["probing"]["1"]["accuracy"], ".3f", max),
     "k = 5": (lambda r: r["probing"]["5"]["accuracy"], ".3f", max),
     "all": (lambda r: r["probing"]["all"]["accuracy"], ".3f", max),
-    "letters, F1 of the best latent": (lambda r: r["first_letter"]["f1_first"], ".3f", max),
+    "letters, F1 of the first latent": (lambda r: r["first_letter"]["f1_first"], ".3f", max),
     "absorption": (lambda r: r["first_letter"]["absorption"], ".3f", None),
     "full": (lambda r: r["first_letter"]["full"], ".3f", None),
-    "untrained": (lambda r: r["first_letter"]["controls"]["untrained"]["absorption"], ".3f", None)}
+    "absorption, untrained": (lambda r: r["first_letter"]["controls"]["untrained"]["absorption"], ".3f", None)}
 
 def train(args):
     trained.train(args.runs, RUNS, args.part)
@@ -46,25 +47,31 @@ def report(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     found = json.loads((RESULTS / "which-l0.json").read_text())
-    values = {name: {k: [f(found["runs"][run]) for s in SEEDS if (run := f"{k}-s{s}") in found["runs"]] for k in K}
-              for name, (f, *_) in COLUMNS.items()}
-    values = {name: {k: v for k, v in by.items() if v} for name, by in values.items()}
+    values = {name: {k: v for k in K if (v := {s: f(found["runs"][run]) for s in SEEDS if (run := f"{k}-s{s}") in found["runs"]})}
+              for name, (f, *_) in COLUMNS.items()}              # {column: {k: {seed: value, or None where there is none}}}
     lines = [f"{found['machine']}; {len(found['runs'])} runs of topk_sae.py on smollm2, layer 6; means over seeds (largest less "
              "smallest). Made by benchmarks/which_l0.py.", "", "| k | " + " | ".join(COLUMNS) + " |", "|--:|" + "--:|" * len(COLUMNS)]
+    def cell(by, form):
+        by = [v for v in by.values() if v is not None]
+        return f"{number(sum(by) / len(by), form)} ({number(max(by) - min(by), form)})" if by else number(None)
     for k in next(iter(values.values())):
-        lines.append(f"| {k} | " + " | ".join(
-            f"{sum(by[k]) / len(by[k]):{form}} ({max(by[k]) - min(by[k]):{form}})"
-            for by, (_, form, _) in zip(values.values(), COLUMNS.values())) + " |")
+        lines.append(f"| {k} | " + " | ".join(cell(values[name][k], form) for name, (_, form, _) in COLUMNS.items()) + " |")
     ends = []
     for name, (_, _, end) in COLUMNS.items():
         if end:
-            at = [end(K, key=lambda k: values[name][k][i]) for i in range(len(SEEDS))]
-            ends.append(f"{name}: {'lowest' if end is min else 'highest'} at k = {', '.join(map(str, at))}")
+            at = []
+            for s in SEEDS:
+                by = {k: of[s] for k, of in values[name].items() if of.get(s) is not None}
+                if by:
+                    best = end(by, key=by.get)
+                    at.append(f"{best}{' (at the edge)' if best in (min(by), max(by)) else ''}")
+            ends.append(f"{name}: {'lowest' if end is min else 'highest'} at k = {', '.join(at)}")
     lines += ["", "By seed: " + "; ".join(ends) + "."]
     fig, axes = plt.subplots(2, 4, figsize=(15, 6.5))
     for ax, name in zip(axes.flat, [n for n, (*_, end) in COLUMNS.items() if end] + ["absorption"]):
-        for i in range(len(SEEDS)):
-            ax.plot(values[name], [v[i] for v in values[name].values()], "o-", lw=0.8, ms=4, color=f"C{i}", label=f"seed {SEEDS[i]}")
+        for i, s in enumerate(SEEDS):
+            by = {k: of[s] for k, of in values[name].items() if of.get(s) is not None}
+            ax.plot(by.keys(), by.values(), "o-", lw=0.8, ms=4, color=f"C{i}", label=f"seed {s}")
         ax.set(xscale="log", xlabel="k", title=name)
         ax.set_xticks(K, K)
         ax.minorticks_off()

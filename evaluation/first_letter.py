@@ -15,20 +15,23 @@ Latents   those of the k largest weights, signed, of a probe with an L1 penalty 
           letter's main latents are these k
 Score     on words of letter l to which p_l says yes, with A = a . p_l, proj_i = z_i (d_i . p_l),
           cosines of d_i and p_l, M the sum of proj of the main latents, B that of the three
-          largest others with cosine >= 0.1:
-            absorption  0 if M >= A or B < 0.4 A; 1 if M <= 0; else b / (b + M), b = min(B, A - M)
-            full        1 if no main latent fires and the largest of all proj is >= 0.4 A, with
-                        cosine >= 0.025
+          largest others with cosine >= 0.1; a as the SAE's own normalisation, if any, has it:
+            absorption  0 if M >= A, B < 0.4 A or A <= 0; 1 if M <= 0; else b / (b + M) with
+                        b = min(B, A - M)
+            full        1 if no main latent fires and the largest of all proj is >= 0.4 A > 0,
+                        with cosine >= 0.025
           means over the words of a letter, then over letters; _se as if letters were independent.
           The paper's own definition, by what the model answers: evaluation/attribution.py
-Controls  a random dictionary as sparse (untrained); the D coordinates of a less its mean; the first
-          SAE with letters shuffled among the words. Averages of all are over the same letters
+Controls  a random dictionary about as sparse (untrained); the D coordinates of a less its mean; the
+          first SAE with letters shuffled among the words. Averages of all are over the same letters
 Ours      the hook (SAEBench: always after the block), one set of examples for all words, three
-          parts of the words: fitted, latents chosen, scored (SAEBench scores those it chose on),
-          and proj, which is right for rows of any norm. SAEBench refuses fewer than 20 letters.
-          Scores near 0 may also mean that nothing was learned: see the F1 of the best latent.
+          parts of the words: fitted, latents chosen, scored (SAEBench scores those it chose on, and
+          may fit on 'dog' and score ' Dog'), and proj, right for rows of any norm. SAEBench refuses
+          fewer than 20 letters. Scores near 0 may also mean that nothing was learned: see the F1 of
+          the first latent, the one with the largest weight. l0 is that on the words.
 """
 import copy, re
+from itertools import pairwise
 from string import ascii_lowercase as LETTERS
 from types import SimpleNamespace
 
@@ -51,16 +54,18 @@ STEPS = dict(lr=0.01, end=1e-5, epochs=50)              # of both probes
 # --- words and their activations ------------------------------------------------------------------
 
 def alphabetic(tokenizer):
-    """Ids [W] of the tokens that are words, and their first letters [W], 0 to 25."""
+    """Ids [W] of the tokens that are words, their first letters [W], 0 to 25, and the word [W] that
+    each is, as a number: 'dog', ' dog' and 'Dog' are one."""
     special = set(tokenizer.all_special_ids)
     text = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    found = {i: word.strip() for i, word in enumerate(text)
+    found = {i: word.strip().lower() for i, word in enumerate(text)
              if i not in special and re.fullmatch(" ?[A-Za-z]+", word)}
     if len(found) < FEWEST:
         runs.fail(f"--probes: the tokenizer has {len(found)} tokens of letters alone, and first "
                   f"letters need {FEWEST:,}; leave --probes out for this model")
-    return torch.tensor(list(found)), torch.tensor([LETTERS.index(w[0].lower())
-                                                    for w in found.values()])
+    number = {word: n for n, word in enumerate(dict.fromkeys(found.values()))}
+    return (torch.tensor(list(found)), torch.tensor([LETTERS.index(w[0]) for w in found.values()]),
+            torch.tensor([number[w] for w in found.values()]))
 
 @torch.inference_mode()
 def activations(model, block, prefix, ids):
@@ -89,9 +94,9 @@ def activations(model, block, prefix, ids):
     return torch.cat(found)
 
 def harvest(model, tokenizer, block, seed=0):
-    """Words in random order, without those of the examples: activations [W, D], letters [W], ids
-    [W]; and those of the examples."""
-    ids, letter = alphabetic(tokenizer)
+    """Words in random order, without those of the examples: activations [W, D]; letters, words and
+    ids [W]; and the ids of the examples."""
+    ids, letter, word = alphabetic(tokenizer)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     shown, rest = order[:EXAMPLES], order[EXAMPLES:]
     prefix = Contexts(tokenizer, 2).bos.copy()
@@ -100,7 +105,8 @@ def harvest(model, tokenizer, block, seed=0):
         answer = LETTERS[letter[i]].upper()
         prefix += encode("\n") + [int(ids[i])] + encode(f"{QUESTION} {answer}")
     prefix += encode("\n")
-    return activations(model, block, prefix, ids[rest]), letter[rest], ids[rest], prefix
+    x = activations(model, block, prefix, ids[rest])
+    return x, letter[rest], word[rest], ids[rest], prefix
 
 # --- probes ---------------------------------------------------------------------------------------
 
@@ -125,23 +131,27 @@ def linear_probe(X, Y, batch, decay, l1=0.0, seed=0):
         schedule.step()
     return w.detach().T, b.detach()
 
-def task(x, letter):
-    """Words x [W, D] of first letters [W], in random order: parts, probe, letters that pass."""
-    Y = one_hot(letter, 26).float().to(x.device)                             # (W, 26)
-    fit, choose, score = torch.arange(len(x), device=x.device).tensor_split(
-        [round(end * len(x)) for end in PARTS])
+def task(x, letter, word):
+    """Activations x [W, D] of first letters [W]: parts, probe, letters that pass. Those of one
+    `word`, a number [W], stand in one part."""
+    Y, n = one_hot(letter, 26).float().to(x.device), int(word.max()) + 1     # (W, 26)
+    place = torch.randperm(n, generator=torch.Generator().manual_seed(0))[word].to(x.device)
+    ends = [0, *(round(end * n) for end in PARTS), n]
+    fit, choose, score = (((lo <= place) & (place < hi)).nonzero()[:, 0]
+                          for lo, hi in pairwise(ends))
     p, b = linear_probe(x[fit], Y[fit], batch=64, decay=1e-4)
     yes = x @ p.T + b > 0
     f1 = probes.scores(yes[score].T, Y[score].T > 0)[2]
-    return SimpleNamespace(x=x, Y=Y, fit=fit, choose=choose, score=score, p=normalize(p, dim=1),
-                           yes=yes, f1=f1, passed=(f1 > GOOD_F1).nonzero()[:, 0].tolist())
+    return SimpleNamespace(x=x, Y=Y, word=word, fit=fit, choose=choose, score=score,
+                           p=normalize(p, dim=1), yes=yes, f1=f1,
+                           passed=(f1 > GOOD_F1).nonzero()[:, 0].tolist())
 
 def prepare(model, tokenizer, block):
     """The words of a model, their activations before `block`, and the probes of the letters."""
-    x, letter, ids, prefix = harvest(model, tokenizer, block)
-    words = task(x, letter)
+    x, letter, word, ids, prefix = harvest(model, tokenizer, block)
+    words = task(x, letter, word)
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    answers = [encode(f" {letter.upper()}") for letter in LETTERS]
+    answers = [encode(f" {name.upper()}") for name in LETTERS]
     words.ids, words.speller = ids, attribution.Speller(
         model, block, prefix, encode(QUESTION), [a[0] for a in answers]) if all(
         len(a) == 1 for a in answers) else None
@@ -155,23 +165,19 @@ def main_latents(Z, words):
     part `choose`, and whether the regression says no where all are silent; Z: codes [W, F]."""
     w, _ = linear_probe(Z.index_select(0, words.fit), words.Y[words.fit], 4096, 1e-6, l1=0.01)
     top = w.topk(min(MOST, w.shape[1])).indices                              # (26, 10)
-    main, first, best, no = [], [], [], []
+    found = []
     for columns, y in zip(top, words.Y.T):
-        X, f1, bias = Z.index_select(1, columns).to_dense().double(), [], [] # (W, 10)
+        X, f1 = Z.index_select(1, columns).to_dense().double(), []           # (W, 10)
         for k in range(1, len(columns) + 1):
             v, b = probes.logistic(X[words.fit, :k], y[words.fit], balanced=True)
             said = X[words.choose, :k] @ v + b > 0
-            f1.append(probes.scores(said, y[words.choose] > 0)[2].item())
-            bias.append(b.item())
-            if k > 1 and f1[-1] <= f1[-2] + JUMP:
+            new = probes.scores(said, y[words.choose] > 0)[2].item()
+            if f1 and new <= f1[-1] + JUMP:
                 break
-        else:
-            k += 1
-        main.append(columns[:k - 1])
-        first.append(f1[0])
-        best.append(f1[k - 2])
-        no.append(bias[k - 2] <= 0)
-    return main, first, best, no
+            f1.append(new)
+            says_no = b.item() <= 0
+        found.append((columns[:len(f1)], f1[0], f1[-1], says_no))
+    return zip(*found)
 
 # --- absorption -----------------------------------------------------------------------------------
 
@@ -192,24 +198,25 @@ def absorption(z, a, p, W_dec, main):
     return part, full
 
 @torch.no_grad()
-def measure(encode, W_dec, words, passed, speller=None):
+def measure(encode, W_dec, words, passed, speller=None, inner=lambda a: a):
     """What the docstring says, of one SAE; averages over the letters `passed`. With a speller, also
-    absorption by its first definition: evaluation/attribution.py."""
+    absorption by its first definition: evaluation/attribution.py. inner(a): activations a [n, D] in
+    the units of W_dec."""
     Z = probes.codes(encode, words.x)
     with torch.enable_grad():
-        main, first, best, no = main_latents(Z, words)
+        main, first, best, says_no = main_latents(Z, words)
     letters, l0 = {}, (Z.values() if Z.is_sparse else Z).count_nonzero().item() / len(Z)
     for i in passed:
         rows = words.score[(words.Y[words.score, i] > 0) & words.yes[words.score, i]]
         z = Z.index_select(0, rows).to_dense()
-        part, full = absorption(z, words.x[rows], words.p[i], W_dec, main[i])
+        part, full = absorption(z, inner(words.x[rows]), words.p[i], W_dec, main[i])
         letters[LETTERS[i]] = dict(
             probe_f1=words.f1[i].item(), f1_first=first[i], f1_main=best[i],
             latents=main[i].tolist(), words=len(rows), absorption=part.mean().item(),
             full=full.double().mean().item(), split=len(main[i]))
         if speller:
             rate, answered, asked = attribution.rate(speller, i, words.ids[rows.cpu()],
-                words.x[rows], z, words.p[i], W_dec, main[i], no[i])
+                words.x[rows], z, words.p[i], W_dec, main[i], says_no[i])
             letters[LETTERS[i]].update(attribution=rate, answered=answered, asked=asked)
     return summary(letters) | dict(l0=l0, letters=letters, latents=probes.best_classes(
         Z, words.Y.argmax(1), LETTERS))
@@ -225,27 +232,28 @@ def summary(letters):
         out[name + "_se"] = (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")
     return out
 
-def report(saes, facts, examples):
+def report(saes, depends, prepared):
     """The result of each SAE, with those of the controls, from its probes.json if that has it;
-    examples() gives what prepare() does, and facts say what that depends on."""
-    stored = [probes.Stored("first_letter", sae, facts, __file__, attribution.__file__)
+    prepared() gives what prepare() does, and `depends` says what that depends on."""
+    stored = [probes.Stored("first_letter", sae, depends, __file__, attribution.__file__)
               for sae in saes]
     if all(s.result for s in stored):
         return [s.result for s in stored]
-    words = examples()
+    words = prepared()
     passed, mean = words.passed, words.x[words.fit].mean(0)
     random, controls = {}, next((s.result["controls"] for s in stored if s.result), None)
     for sae, s in zip(runs.Bar(saes, desc="first letters", unit="run"), stored):
         if s.result:
             continue
         speller = words.speller if sae.norm == "none" else None    # codes of other units
-        result = measure(sae.encode, sae.t["W_dec"], words, passed, speller)
-        key = sae.d_sae, max(1, round(result["l0"]))
+        result = measure(sae.encode, sae.t["W_dec"], words, passed, speller,
+                         lambda a: sae.normed(a)[0])
+        key = probes.alike(sae.d_sae, result["l0"])
         if key not in random:
             random[key] = measure(*probes.untrained(*key, mean), words, passed, words.speller)
         if not controls:
             order = torch.randperm(len(words.x), generator=torch.Generator().manual_seed(1))
-            shuffled = task(words.x, words.Y.argmax(1).cpu()[order])
+            shuffled = task(words.x, words.Y.argmax(1).cpu()[order], words.word)
             controls = dict(
                 coordinates=measure(lambda x: x - mean, torch.eye(len(mean), device=mean.device),
                                     words, passed),

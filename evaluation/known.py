@@ -12,6 +12,7 @@ class Known:
     def __init__(self, source, labels, model, tokenizer, block):
         text, self.documents = probing.documents(labels)
         self.of, self.facts = (model, tokenizer, block), [*probing.facts(source), text]
+        self.below = [source.meta[k] for k in ("model_hash", "hook_name", "dtype")]
         self.cut, self.context = source.meta["norm_cut"], source.meta["context_size"]
 
     @cached_property
@@ -24,7 +25,7 @@ class Known:
 
     def letters(self, saes):
         """The result of first_letter.py for each SAE."""
-        return first_letter.report(saes, self.facts[:3], lambda: self.words)
+        return first_letter.report(saes, self.below, lambda: self.words)
 
     def probes(self, saes):
         """The result of probing.py for each SAE."""

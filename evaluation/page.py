@@ -379,8 +379,9 @@ def features_html(rows):
     runs = "".join(f'<section><h4>{visible(r["run"])}</h4>\n'
                    f'{"".join(map(latent_html, r["features"]))}</section>\n' for r in rows)
     return f"""<div class="features"><h3>Latents</h3>
-<p class="note">How often each fires, its largest activation, what it detects best (with --probes;
-filter by role=argument or letter=s), the tokens it peaks on. Inside: the next tokens that it raises
+<p class="note">How often each fires, its largest activation, what it detects best (with --probes,
+on words and contexts of their own, not on those below; filter by role=argument or letter=s), the
+tokens it peaks on. Inside: the next tokens that it raises
 and lowers most, and its top contexts: activation at the peak, then the text, every token as strong
 as its activation (the value shows on hover), the peak outlined.</p>
 <p class="controls" hidden><label>Run <select autocomplete="off">{options}</select></label>

@@ -2,12 +2,13 @@
 
     codes        of an SAE on x [N, D], as a sparse tensor [N, F]
     untrained    those of a random dictionary of the same shape and sparsity: a control
+    alike        the shape and sparsity of that dictionary, shared by SAEs of nearly the same L0
     logistic     logistic regression
     scores       precision, recall and F1 of yes-or-no answers
     best_classes what each latent detects when it fires, with precision and recall
     Stored       results in the run directory, by the hash of what they were computed from
 """
-import hashlib, json
+import hashlib, inspect, json, math
 from pathlib import Path
 
 import torch
@@ -31,6 +32,11 @@ def untrained(F, k, mean, seed=0):
         value, i = ((x - mean) @ W_dec.T).topk(k)
         return x.new_zeros(len(x), F).scatter_(1, i, value.relu())
     return encode, W_dec
+
+def alike(F, l0):
+    """(F, k) of the random dictionary beside an SAE with F latents and this L0. k is a power of
+    2^(1/4), rounded: within a tenth of l0 and half a latent, so that like SAEs share one."""
+    return F, min(F, round(2 ** (round(4 * math.log2(max(1, l0))) / 4)))
 
 def logistic(X, y, C=1.0, balanced=False, steps=200):
     """w [k] and b of a logistic regression on X [N, k], dense or sparse, for y [N] of 0 and 1: the
@@ -76,9 +82,10 @@ def best_classes(Z, label, names, least=0.2):
 
 class Stored:
     """The result of one measure for one run, in probes.json of its directory, by the hash of what
-    it depends on: the SAE's files, facts about the data, and the code. None if there is none."""
+    it depends on: the SAE's files and its class, facts about the data, and the files of code. None
+    if there is none."""
     def __init__(self, name, sae, facts, *code):
-        h = hashlib.sha256(json.dumps(facts).encode())
+        h = hashlib.sha256((json.dumps(facts) + inspect.getsource(type(sae))).encode())
         for file in [sae.path / "cfg.json", sae.path / "sae_weights.safetensors", *code, __file__]:
             h.update(Path(file).read_bytes())
         self.name, self.hash, self.path = name, h.hexdigest(), sae.path / "probes.json"

@@ -8,19 +8,23 @@ Examples  tokens of fresh contexts of files, less position 0 and outliers. A tok
           all its characters that are not blank; if they differ, none. `package`: whole contexts,
           their codes averaged. Each class against the others, drawn evenly, as many together
 Split     by file: 3/5 fitted, 1/5 to choose a penalty, 1/5 scored; per class at most 2000, 500, 500
+          and at least FEWEST; `scored` says how many. Files of a package may be much alike, as
+          those of encodings are, so `package` is easier than it would be on new code
 Latents   the k = 1, 2, 5, 16 with the largest |mean of the class - mean of the others|; on them a
           logistic regression. `signed`: with the largest difference itself, at k = 1
-Scores    accuracy (chance 1/2), F1, AUC; means over the classes of a task, then over tasks; _se as
-          if classes were independent
-Beside    token      by the token's id alone: naive Bayes on the ids, without context
+Scores    accuracy (chance 1/2), F1, AUC; means over the classes of a task, then over tasks; _se by
+          the spread over the classes of each task, as if independent; none if a task has one class
+Beside    token      by the token's id alone, without context: naive Bayes, from all labelled tokens
+                     of the files fitted
           full       logistic regression on all D activations, penalty chosen among PENALTIES
           residual   k-sparse probing of the activations themselves
           all        of a run: logistic regression on all its latents, penalty chosen
-          untrained  a random dictionary, as sparse as the first run
+          untrained  a random dictionary about as sparse as the run
 A task counts in the mean only where `full` is more accurate than `token` by MARGIN: others need no
 context, and a latent for a token is all that they ask for.
 """
 import platform
+from statistics import variance
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +43,11 @@ TUNED = 60                                                   # steps of L-BFGS o
 # --- examples -------------------------------------------------------------------------------------
 
 def token_labels(text, offsets, spans, names):
-    """The class [T] of each token, -1 for none; offsets: where it begins and ends in text."""
+    """The class [T] of each token, -1 for none; offsets: where it begins and ends in text.
+
+    Of 'a bb' with a class on 'a' alone: solid is 1 0 1 1; there, of the solid characters, 0 -1 -1
+    and, at the end, -1; before 0 1 1 2 3; changes 0 1 1 1. The token ' bb', 1 to 4, is solid
+    characters 1 and 2, without a change between them: it has one class, -1."""
     there = np.full(len(text), -1)
     for lo, hi, name in spans:
         there[lo:hi] = names.setdefault(name, len(names))
@@ -83,7 +91,8 @@ def contexts(documents, tokenizer, T, bos, seed=0):
     return np.array(ids, np.int32).reshape(-1, T), np.array(part), tasks
 
 def examples(label, part, C, seed=0):
-    """Of each class with enough examples (rows, y) of every part, balanced; label [N], part [N]."""
+    """Of each class with enough examples (rows, y) of every part; label [N], part [N]. Half of them
+    are of the class, and of every other class as many (each) as together make the other half."""
     rng, out = np.random.default_rng(seed), {}
     rows = lambda c, p: rng.permutation(np.flatnonzero((label == c) & (part == p)))
     for c in range(C):
@@ -99,10 +108,21 @@ def examples(label, part, C, seed=0):
             out[c] = sets
     return out
 
+def log_odds(ids, label, C):
+    """[C, V]: of each class, against the others evenly, at each id; from examples with tokens
+    ids [N, t] and label [N]. Each id is seen once more in both than it was."""
+    count = np.array([np.bincount(ids[label == c].ravel(), minlength=ids.max() + 1)
+                      for c in range(C)], float)                             # (C, V)
+    total = count.sum(1, keepdims=True)
+    even = count / total.clip(1)
+    others = (even.sum(0) - even) / max(1, C - 1) * total
+    return torch.from_numpy(np.log((count + 1) / (others + 1)))
+
 def prepare(documents, model, tokenizer, block, cut, T):
-    """x [N, D] float16 of all tokens, and {task: its classes, their examples as rows of x or, where
-    there is `share` [n, T], each token's in the mean, of contexts; ids of an example's tokens,
-    [N, 1] or [n, T]}."""
+    """x [N, D] float16 of all tokens but position 0 and outliers, and {task: its names of classes;
+    their examples (classes) as rows of x or, where there is `share` [n, N], each token's in the
+    mean, of contexts; label of all rows or contexts; ids of their tokens, [N, 1] or [n, T], and the
+    log odds of these}."""
     ids, part, tasks = contexts(documents, tokenizer, T, Contexts(tokenizer, T).bos)
     n, x, made = len(ids), [], {}
     with runs.Bar(total=ids.size, desc="activations", unit="tok", unit_scale=True) as bar:
@@ -112,22 +132,23 @@ def prepare(documents, model, tokenizer, block, cut, T):
     x = torch.cat(x)
     keep = ~(x.float().norm(dim=-1) > cut)                                   # (n, T)
     keep[:, 0] = False
-    share = keep / keep.sum(1, keepdim=True).clamp(min=1)
-    flat, tokens = keep.flatten().cpu().numpy(), torch.from_numpy(ids).long()
+    context, kept = keep.nonzero()[:, 0], keep.cpu().numpy()
+    share = torch.sparse_coo_tensor(
+        torch.stack([context, torch.arange(len(context), device=x.device)]),
+        1 / keep.sum(1)[context], (n, len(context)), is_coalesced=True, check_invariants=False)
     for task, (names, label) in tasks.items():
-        if whole := label.ndim == 1:
-            found = examples(label, part, len(names))
-        else:
-            found = examples(np.where(flat, label.ravel(), -1), part.repeat(T), len(names))
-        if found:
-            made[task] = SimpleNamespace(names=names, classes=found, share=share if whole else None,
-                                         label=None if whole else torch.from_numpy(np.where(
-                                             flat, label.ravel(), -1)),
-                                         ids=tokens if whole else tokens.view(-1, 1))
+        whole = label.ndim == 1
+        label, own, seen = (label, part, ids) if whole else (
+            label[kept], part.repeat(T).reshape(-1, T)[kept], ids[kept][:, None])
+        if found := examples(label, own, len(names)):
+            made[task] = SimpleNamespace(
+                names=names, classes=found, share=share if whole else None,
+                label=torch.from_numpy(label), ids=torch.from_numpy(seen).long(),
+                odds=log_odds(seen, np.where(own == 0, label, -1), len(names)))
     if not made:
         runs.fail(f"--probes: no class has {FEWEST[0]} tokens to fit, {FEWEST[1]} to choose and "
                   f"{FEWEST[2]} to score on, in documents of their own; give more by --labels")
-    return x.flatten(0, 1), made
+    return x[keep], made
 
 # --- probes ---------------------------------------------------------------------------------------
 
@@ -168,25 +189,22 @@ def full_probe(Z, sets):
                    key=lambda found: found[0])
     return score(best[2], y_test), best[1]
 
-def token_probe(ids, sets):
-    """Scores of one class by the ids [N, t] of an example's tokens alone: log odds of each, seen
-    once more in both classes than it was, averaged."""
-    (fit, y), _, (test, y_test) = sets
-    yes, no = (torch.bincount(ids[fit[y == v]].flatten(), minlength=ids.max() + 1) + 1
-               for v in (True, False))
-    return score((yes / no).log()[ids[test]].mean(1), y_test)
+def token_probe(task, c, sets):
+    """Scores of class c by the ids of an example's tokens alone: their log odds, averaged."""
+    test, y = sets[2]
+    return score(task.odds[c][task.ids[test]].mean(1), y)
 
 def averaged(Z, share):
-    """Means [n, F] over contexts of codes Z [n T, F], with weights share [n, T]."""
+    """Means [n, F] over contexts of codes Z [N, F]; share [n, N]: the weight of each row."""
     if not Z.is_sparse:
-        return torch.einsum("ntf,nt->nf", Z.view(*share.shape, -1), share)
-    out, (i, j) = torch.zeros(len(share), Z.shape[1], device=Z.device), Z.indices()
-    values = Z.values() * share.flatten()[i]
-    return out.index_put_((i // share.shape[1], j), values, accumulate=True)
+        return share @ Z
+    context, (i, j) = share.indices()[0], Z.indices()          # a row stands in one context
+    out = torch.zeros(len(share), Z.shape[1], device=Z.device)
+    return out.index_put_((context[i], j), Z.values() * share.values()[i], accumulate=True)
 
 def by_task(tasks, function):
-    """{task: {class: function(task, its examples)}}."""
-    return {name: {task.names[c]: function(name, sets) for c, sets in task.classes.items()}
+    """{task: {class: function(task, number of the class, its examples)}}."""
+    return {name: {task.names[c]: function(name, c, sets) for c, sets in task.classes.items()}
             for name, task in tasks.items()}
 
 def measure(encode, x, tasks):
@@ -194,7 +212,7 @@ def measure(encode, x, tasks):
     detects best, by task of tokens; and the codes' L0."""
     Z = probes.codes(lambda part: encode(part.float()), x)
     whole = {t: averaged(Z, task.share) for t, task in tasks.items() if task.share is not None}
-    def probe(task, sets):
+    def probe(task, c, sets):
         own = whole.get(task, Z)
         return sparse_probes(own, sets) | {"all": full_probe(own, sets)[0]}
     l0 = (Z.values() if Z.is_sparse else Z).count_nonzero().item() / len(Z)
@@ -209,23 +227,26 @@ def summary(found, counted):
         of = lambda task, name: [by[k][name] for by in found[task].values()]
         row = {name: mean([mean(of(t, name)) for t in counted])
                for name in ("accuracy", "f1", "auc")}
-        every = np.concatenate([[], *(of(t, "accuracy") for t in counted)])
-        se = every.std(ddof=1) / len(every) ** 0.5 if len(every) > 1 else float("nan")
-        out[str(k)] = row | dict(accuracy_se=float(se), tasks={
-            t: mean(of(t, "accuracy")) for t in found})
+        spread = [variance(v) / len(v) if len(v := of(t, "accuracy")) > 1 else float("nan")
+                  for t in counted]
+        out[str(k)] = row | dict(
+            accuracy_se=sum(spread) ** 0.5 / len(counted) if counted else float("nan"),
+            tasks={t: mean(of(t, "accuracy")) for t in found})
     return out
 
-def besides(sae, l0, x, tasks):
-    """Summaries of what the docstring has beside a run, and the tasks counted."""
-    rows = dict(token=by_task(tasks, lambda t, sets: {"all": token_probe(tasks[t].ids, sets)}))
+def besides(x, tasks):
+    """Summaries of what the docstring has beside every run; the tasks counted; {task: examples that
+    the class with fewest is scored on}."""
+    rows = dict(token=by_task(tasks, lambda t, *rest: {"all": token_probe(tasks[t], *rest)}))
     residual, *_ = measure(lambda v: v, x, tasks)
     rows["full"] = {t: {c: dict(all=by.pop("all")) for c, by in classes.items()}
                     for t, classes in residual.items()}
-    random, _ = probes.untrained(sae.d_sae, max(1, round(l0)), x.float().mean(0))
-    rows.update(residual=residual, untrained=measure(random, x, tasks)[0])
+    rows["residual"] = residual
     accuracy = {name: summary(rows[name], tasks)["all"]["tasks"] for name in ("token", "full")}
     counted = [t for t in tasks if accuracy["full"][t] > accuracy["token"][t] + MARGIN]
-    return {name: summary(found, counted) for name, found in rows.items()} | dict(counted=counted)
+    return {name: summary(found, counted) for name, found in rows.items()} | dict(
+        counted=counted, scored={t: min(len(sets[2][1]) for sets in task.classes.values())
+                                 for t, task in tasks.items()})
 
 def directions(x, tasks):
     """[n, D]: the full probe of every class of the tasks of tokens, for evaluation/cones.py."""
@@ -246,21 +267,25 @@ def documents(labels):
         return found, found
     return [platform.python_version(), text_hash(None)], roles.standard_library()
 
-def report(saes, facts, examples):
+def report(saes, depends, prepared):
     """The result of each SAE, with what stands beside it, from its probes.json if that has it;
-    examples() gives x and tasks, of prepare()."""
-    stored = [probes.Stored("probing", sae, facts, __file__, roles.__file__) for sae in saes]
+    prepared() gives x and tasks, of prepare(), and `depends` says what these depend on."""
+    stored = [probes.Stored("probing", sae, depends, __file__, roles.__file__) for sae in saes]
     if all(s.result for s in stored):
         return [s.result for s in stored]
-    x, tasks = examples()
-    beside = next((s.result["beside"] for s in stored if s.result), None)
+    x, tasks = prepared()
+    beside, random = next((s.result["beside"] for s in stored if s.result), None), {}
     for sae, s in zip(runs.Bar(saes, desc="probing", unit="run"), stored):
         if s.result:
             continue
         found, best, l0 = measure(sae.encode, x, tasks)
-        if not beside:
-            beside = besides(sae, l0, x, tasks)
-        s.put(summary(found, beside["counted"]) | dict(classes={
+        beside = beside or besides(x, tasks)
+        counted, key = beside["counted"], probes.alike(sae.d_sae, l0)
+        if key not in random:
+            control, _ = probes.untrained(*key, x.float().mean(0))
+            random[key] = summary(measure(control, x, tasks)[0], counted)
+        s.put(summary(found, counted) | dict(classes={
             t: {c: {str(k): v for k, v in by.items()} for c, by in rows.items()}
-            for t, rows in found.items()}, latents=best, beside=beside))
+            for t, rows in found.items()}, latents=best,
+            beside=dict(beside, untrained=random[key])))
     return [s.result for s in stored]

@@ -7,7 +7,7 @@ None or the class of the whole text. Documents of one group never stand on both 
     kind       comment, docstring, string, code
     role       of a name: variable, argument, attribute, called, imported, keyword argument, def
                name, class name, decorator
-    depth      brackets around a name, number or operator: 0, 1, 2+
+    depth      brackets around a name, keyword, number or operator: 0, 1, 2+
     package    of the file, for the PACKAGES folders of the standard library with most files
 """
 import ast, io, json, keyword, sysconfig, tokenize

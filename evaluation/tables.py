@@ -7,6 +7,7 @@ from evaluation.page import to_the_right
 
 ALIKE = "0.7", "0.8", "0.9"
 CONES = 1, 2, 4, 8, 16                # budgets that are shown
+COVERED = (4, 0.5), (16, 0.9)         # with these, the share of directions above a containment
 
 def number(value, form=".4f"):
     return "\u2013" if value is None or value != value else format(value, form)
@@ -79,20 +80,23 @@ def tables(rows):
 
 def cone_tables(rows):
     """A table for each kind of references that the rows have containments of."""
+    middle = CONES[2]
     for name in rows[0]["cones"] if rows else ():
         every = [(r["run"], r["cones"][name]) for r in rows]
         beside = every[0][1]
         def cells(c):
             by = c["controls"]["random"]["containment"] if "controls" in c else None
             return [*(f"{c['containment'][m - 1]:.3f}" + (f" ({by[m - 1]:.2f})" if by else "")
-                      for m in CONES), f"{c['se'][3]:.3f}", f"{c['coverage']['0.5'][3]:.2f}",
-                    f"{c['coverage']['0.9'][15]:.2f}", f"{c['cosine']:.3f}"]
+                      for m in CONES), f"{c['se'][middle - 1]:.3f}",
+                    *(f"{c['coverage'][str(t)][m - 1]:.2f}" for m, t in COVERED),
+                    f"{c['cosine']:.3f}"]
         yield (f"Concept cones: {name}", f"containment of {beside['references']} directions by m "
-               "latents (by m of as many random ones), its standard error at m = 4, and the share "
-               "above .5 and .9; cosine one to one; below, controls for the first run",
-               ["run", *(f"m = {m}" for m in CONES), "\u00b1", "> .5, m = 4",
-                "> .9, m = 16", "cosine"],
+               f"latents (by m of as many random ones), its standard error at m = {middle}, and "
+               "the share above a value; cosine one to one; below, controls for the first run",
+               ["run", *(f"m = {m}" for m in CONES), "\u00b1",
+                *(f"> {t}, m = {m}" for m, t in COVERED), "cosine"],
                [[n, *cells(c)] for n, c in every + list(beside["controls"].items())])
+
 def letters_table(rows):
     """The first letters of rows that have them, and the controls of the first."""
     first = rows[0]["first_letter"]
@@ -106,15 +110,16 @@ def letters_table(rows):
     names = dict(f1_first=".3f", f1_main=".3f", split=".2f", absorption=".3f", full=".3f",
                  attribution=".3f", answered=".2f")
     return ("First letters: absorption", note,
-            ["run", "F1 of best latent", "of main latents", "main latents", "absorption", "full",
-             "by attribution", "answered"],
-            [[name, *(f"{number(r.get(k), form)} \u00b1 {number(r.get(k + '_se'), form)}"
-                      for k, form in names.items())] for name, r in lines])
+            ["run", "L0 on words", "F1 of first latent", "of main latents", "main latents",
+             "absorption", "full", "by attribution", "answered, where silent"],
+            [[name, number(r["l0"], ".1f"), *(
+                f"{number(r.get(k), form)} \u00b1 {number(r.get(k + '_se'), form)}"
+                for k, form in names.items())] for name, r in lines])
 
 def probing_tables(rows):
     """k-sparse probing of rows that have it, with what stands beside the first; by task, too."""
     beside = dict(rows[0]["probing"]["beside"])
-    counted, tasks = beside.pop("counted"), list(beside["token"]["all"]["tasks"])
+    counted, scored = beside.pop("counted"), beside.pop("scored")
     lines = [(r["run"], r["probing"]) for r in rows] + list(beside.items())
     cell = lambda r, k, name, se="": number(r[k][name], ".3f") + (
         f" \u00b1 {number(r[k][name + '_se'], '.3f')}" if se else "") if k in r else ""
@@ -128,9 +133,11 @@ def probing_tables(rows):
                                                 for k in ("1", "5"))] for name, r in lines])
     by = lambda r, t: " / ".join(number(r[k]["tasks"][t], ".3f") for k in ("1", "5", "all")
                                  if k in r)
+    fewest = ", ".join(f"{t} {n:,}" for t, n in scored.items())
     return [first, ("k-sparse probing by task", "accuracy at k = 1 / 5 / all; in brackets: not in "
-            "the means", ["run", *(t if t in counted else f"({t})" for t in tasks)],
-            [[name, *(by(r, t) for t in tasks)] for name, r in lines])]
+            f"the means; a class is scored on at least so many examples: {fewest}",
+            ["run", *(t if t in counted else f"({t})" for t in scored)],
+            [[name, *(by(r, t) for t in scored)] for name, r in lines])]
 
 def print_table(title, note, header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -1,4 +1,5 @@
 """evaluate.py --probes: planted truths and controls, the definitions worked by hand, the command, and bad input."""
+import importlib
 import itertools
 import json
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from torch.nn.functional import one_hot
 
 import evaluate
 from evaluation import attribution, first_letter, latents, probes, probing, roles
+from evaluation.saved import SAE
 from sources import lm
 from test_evaluate import save
 
@@ -75,7 +77,25 @@ def planted():
     child = torch.where(torch.rand(5200, generator=g) < 0.4, torch.randint(0, CHILDREN, (5200,), generator=g), CHILDREN)
     x = torch.cat([one_hot(letter, 26), one_hot(child, CHILDREN + 1)[:, :-1]], 1).float()
     x += torch.randn(x.shape, generator=g) / 50
-    return first_letter.task(x, letter), x, letter
+    return first_letter.task(x, letter, torch.arange(len(x))), x, letter
+
+def test_a_word_stands_in_one_part(planted):
+    """'dog', ' dog' and 'Dog' are one word; parts are 60, 20 and 20 % of the words."""
+    words, x, letter = planted
+    class Tokens:
+        all_special_ids = [0]
+        def __len__(self):
+            return 3601
+        def batch_decode(self, ids):                           # three forms of 1200 words, and what is none
+            name = lambda i: "".join(chr(97 + i // 26 ** k % 26) for k in range(3))
+            forms = lambda i: (name(i // 3), " " + name(i // 3), name(i // 3).title())[i % 3]
+            return ["<s>"] + [forms(i) for i in range(3597)] + ["a1", "", "-"]
+    ids, first, word = first_letter.alphabetic(Tokens())
+    assert len(ids) == 3597 and (word == torch.arange(3597) // 3).all() and first[0] == first[2] == 0 and first[3] == 1
+    parts = first_letter.task(x[:3597], first, word)
+    every = [set(word[rows].tolist()) for rows in (parts.fit, parts.choose, parts.score)]
+    assert list(map(len, every)) == [719, 240, 240] and len(set.union(*every)) == 1199
+    assert len(parts.fit) + len(parts.choose) + len(parts.score) == 3597
 
 def test_planted_absorption_is_found(planted):
     """A latent for each letter and child: nothing absorbed. The same where a letter's latent is silent beside a child,
@@ -109,12 +129,31 @@ def test_a_letter_of_two_latents_is_split_not_absorbed(planted):
 def test_controls_know_nothing(planted):
     """Shuffled letters: no letter passes, latents that are the letters say nothing. A random dictionary, as sparse."""
     words, x, letter = planted
-    shuffled = first_letter.task(x, letter[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))])
+    shuffled = first_letter.task(x, letter[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))], words.word)
     assert not shuffled.passed
     nothing = first_letter.measure(lambda x: x * (x > 0.5), torch.eye(46), shuffled, words.passed)
     assert nothing["f1_first"] < 0.12
     random = first_letter.measure(*probes.untrained(46, 2, x.mean(0)), words, words.passed)
     assert random["f1_first"] < 0.8 and random["l0"] <= 2      # the letters themselves: above 0.99
+
+def test_absorption_in_the_units_of_the_sae(planted, tmp_path, monkeypatch):
+    """An SAE that scales its input: where a letter's latent is silent another has a fifth of the projection, too little for
+    absorption; of the raw activation, which is some five times smaller, it would be all."""
+    words, x, letter = planted
+    monkeypatch.setattr(first_letter, "main_latents", lambda Z, words: (
+        [torch.tensor([i]) for i in range(26)], [1.0] * 26, [1.0] * 26, [True] * 26))
+    eye = torch.eye(46)
+    W = torch.cat([eye[:, :26] - 2 * eye[:, 26:].sum(1, keepdim=True), 0.2 * eye[:, :26]], 1)
+    rows, result = torch.cat([eye[:26], eye[:26]]), {}
+    for norm in ("none", "constant_norm_rescale"):
+        path = save(tmp_path / norm, W, rows)
+        cfg = json.loads((path / "cfg.json").read_text()) | dict(normalize_activations=norm)
+        (path / "cfg.json").write_text(json.dumps(cfg))
+        monkeypatch.setattr(words, "speller", None, raising=False)
+        [result[norm]] = first_letter.report([SAE(path)], [], lambda: words)
+    full = first_letter.measure(lambda x: SAE(path).encode(x), rows, words, words.passed)
+    assert result["none"]["absorption"] < 0.02 and result["constant_norm_rescale"]["absorption"] < 0.02
+    assert full["absorption"] > 0.3                            # codes of one unit, activations of another
 
 class Linear:
     """A model whose logit of a letter is 2 times that letter's coordinate."""
@@ -141,8 +180,17 @@ def test_planted_absorption_by_attribution(planted):
     weak = first_letter.measure(lambda x: absorbing(x) / 3, pairs, words, words.passed, Linear())     # leads by 2 / 3
     assert weak["attribution"] == 0
 
-def test_integrated_gradients_sum_to_the_logit(spelling_lm):
-    """Effects of all latents add up to what their codes change in the logit; logits are those of the model itself."""
+def test_absorbed_by_hand():
+    """The largest |effect| decides: it must help, lead in |effect| by 1, and have a cosine with the probe."""
+    p, g = torch.tensor([1.0, 0]), torch.tensor([[1.0, 0]])
+    W = torch.tensor([[1.0, 0], [-1, 0], [0.02, 0.9998]])
+    for z, want in (([3.0, 0, 0], True), ([3.0, 1.9, 0], True), ([3.0, 2.1, 0], False),      # leads by 1.1, by .9
+                    ([3.0, 5, 0], False), ([0, 0, 100], False)):                            # hinders; no cosine
+        assert attribution.absorbed(torch.tensor([z]), g, p, W).item() == want, z
+
+def test_integrated_gradients_sum_to_the_metric(spelling_lm):
+    """Effects of all latents add up to what their codes change in the metric, the logit of the letter less the mean of the
+    25 others; logits are those of the model itself."""
     model, tokenizer, blocks = lm.load(spelling_lm / "model", "tiny", torch.device("cpu"), torch.float32)
     prefix, suffix, ids = [5, 9, 30], [7, 8], torch.tensor([40, 41, 42, 43])
     speller = attribution.Speller(model, blocks[1], prefix, suffix, list(range(100, 126)))
@@ -154,7 +202,8 @@ def test_integrated_gradients_sum_to_the_logit(spelling_lm):
         change = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * 0.02
         before = speller.logits(ids, x - change)
     g, right = speller.gradient(ids, x, change, 3)
-    assert torch.allclose((g * change).sum(1), (want - before)[:, 3], atol=1e-4, rtol=1e-2)
+    metric = lambda logits: logits[:, 3] - torch.cat([logits[:, :3], logits[:, 4:]], 1).mean(1)
+    assert torch.allclose((g * change).sum(1), metric(want - before), atol=1e-4, rtol=1e-2)
     assert (right == (want.argmax(1) == 3)).all()
 
 # --- what is true of a Python program -------------------------------------------------------------
@@ -244,7 +293,9 @@ def tokens():
     x[:, 0], x[:, 1] = (context == 0).float(), (ids == 0).float()
     part = np.arange(3000) // 10 % 3
     return x, {name: SimpleNamespace(names=list("abc"), label=label, classes=probing.examples(label.numpy(), part, 3), share=None,
-                                     ids=ids[:, None]) for name, label in dict(context=context, identity=ids).items()}
+                                     ids=ids[:, None], odds=probing.log_odds(
+                                         ids[:, None].numpy(), np.where(part == 0, label, -1), 3))
+               for name, label in dict(context=context, identity=ids).items()}
 
 def test_planted_codes(tokens):
     """A code that is the label scores 1 at k = 1, for that class, and the noise chance. What the id tells is not counted:
@@ -256,21 +307,67 @@ def test_planted_codes(tokens):
     noise, *_ = probing.measure(lambda x: x[:, 2:], x, tasks)
     for by in [*noise["context"].values(), *noise["identity"].values()]:
         assert all(abs(by[k]["accuracy"] - 0.5) < 0.09 for k in (1, 2, 5, "all"))
-    token = probing.by_task(tasks, lambda t, sets: {"all": probing.token_probe(tasks[t].ids, sets)})
+    token = probing.by_task(tasks, lambda t, *rest: {"all": probing.token_probe(tasks[t], *rest)})
     assert min(c["all"]["accuracy"] for c in token["identity"].values()) == 1
     assert max(c["all"]["accuracy"] for c in token["context"].values()) < 0.6
-    beside = probing.besides(SimpleNamespace(d_sae=16), 2, x, tasks)
-    assert beside["counted"] == ["context"] and set(beside) == {"token", "full", "residual", "untrained", "counted"}
+    beside = probing.besides(x, tasks)
+    assert beside["counted"] == ["context"] and set(beside) == {"token", "full", "residual", "counted", "scored"}
+    assert beside["scored"]["context"] == min(2 * (label == c).sum() for label in [tasks["context"].label[
+        torch.arange(3000) // 10 % 3 == 2]] for c in range(3))
     means = probing.summary(found, beside["counted"])
     assert means["1"]["accuracy"] == means["1"]["tasks"]["context"] < 0.9 and means["1"]["tasks"]["identity"] < 0.9
 
-def test_codes_of_whole_contexts():
-    """Means over the tokens kept, of sparse codes and of dense ones; and the ids of all tokens."""
-    g = torch.Generator().manual_seed(0)
-    Z, share = torch.rand(6, 5, generator=g) * (torch.rand(6, 5, generator=g) < 0.5), torch.tensor([[0, 0.5, 0.5], [0, 1, 0]])
-    want = torch.stack([(Z[1] + Z[2]) / 2, Z[4]])
-    assert torch.allclose(probing.averaged(Z, share), want)
-    assert torch.allclose(probing.averaged(Z.to_sparse().coalesce(), share), want)
+def test_standard_error_of_a_mean_of_tasks():
+    """Of two tasks with three and two classes: by hand, and as draws of the classes scatter."""
+    rng = np.random.default_rng(0)
+    draw = lambda: dict(one=rng.normal(0.6, 0.2, 3), two=rng.normal(0.9, 0.01, 2))
+    of = lambda d: probing.summary({t: {c: {1: dict(accuracy=float(a), f1=0.0, auc=0.0)} for c, a in enumerate(v)}
+                                    for t, v in d.items()}, ["one", "two"])["1"]
+    d = draw()
+    assert of(d)["accuracy_se"] == pytest.approx(np.sqrt(d["one"].var(ddof=1) / 3 + d["two"].var(ddof=1) / 2) / 2)
+    every = [of(draw()) for _ in range(2000)]
+    assert np.mean([e["accuracy_se"] ** 2 for e in every]) == pytest.approx(np.var([e["accuracy"] for e in every]), rel=0.15)
+    assert np.isnan(of(dict(one=d["one"], two=d["two"][:1]))["accuracy_se"])
+
+def test_odds_of_tokens_by_hand():
+    """All labelled tokens count, classes alike: of class 0 id 1 has 2 of 4, of the others 1 / 2 and 0 / 1, their mean of 4: 1."""
+    ids, label = np.array([1, 1, 2, 2, 1, 3, 4, 5])[:, None], np.array([0, 0, 0, 0, 1, 1, 2, -1])
+    odds = probing.log_odds(ids, label, 3)
+    assert odds.shape == (3, 6) and odds[:, 5].tolist() == [0, 0, 0]
+    assert torch.allclose(odds[0], torch.tensor([0, np.log(3 / 2), np.log(3 / 1), np.log(1 / 2), np.log(1 / 3), 0]).double())
+
+def test_position_0_and_outliers_stand_nowhere(monkeypatch):
+    """Of contexts of 4 tokens, one with an outlier: x has the others alone, as have labels, ids and the means of whole
+    contexts, of sparse codes and of dense ones."""
+    ids, part = np.arange(60 * 4, dtype=np.int32).reshape(60, 4), np.repeat([0, 1, 2], 20)
+    whole, label = np.arange(60) % 2, np.arange(60 * 4).reshape(60, 4) // 3 % 2
+    monkeypatch.setattr(probing, "FEWEST", (1, 1, 1))
+    tasks = dict(token=(["a", "b"], label), package=(["c", "d"], whole))
+    monkeypatch.setattr(probing, "contexts", lambda *rest: (ids, part, tasks))
+    def stream(model, block, piece):
+        x = torch.from_numpy(piece).float()[..., None] % 7 + torch.tensor([1.0, 0])
+        x[:, 0], x[torch.from_numpy(piece) == 2] = 1e4, 1e4
+        return x
+    monkeypatch.setattr(probing.lm, "residual_stream", stream)
+    x, tasks = probing.prepare([], None, Words(), None, 100, 4)
+    kept = (ids % 4 > 0) & (ids != 2)
+    assert x.shape == (60 * 3 - 1, 2) and x.max() < 10 and (x[:, 1].numpy() == ids[kept] % 7).all()
+    assert (tasks["token"].label.numpy() == label[kept]).all() and (tasks["token"].ids[:, 0].numpy() == ids[kept]).all()
+    for rows, y in tasks["token"].classes[1]:
+        assert ((tasks["token"].label[rows] == 1) == y).all()
+    Z = x.float() * (x > 3)
+    want = torch.stack([Z[torch.from_numpy(np.nonzero(kept)[0] == c)].mean(0) for c in range(60)])
+    for codes in (Z, Z.to_sparse().coalesce()):
+        assert torch.allclose(probing.averaged(codes, tasks["package"].share), want)
+    assert tasks["package"].label.tolist() == whole.tolist() and tasks["package"].ids.shape == (60, 4)
+
+def test_a_control_is_as_sparse_as_its_run():
+    """Within a tenth and half a latent; shared by L0s that are alike, and never above the latents there are."""
+    for l0 in np.geomspace(1, 300, 200):
+        F, k = probes.alike(1000, l0)
+        assert F == 1000 and abs(k - l0) <= 0.1 * l0 + 0.5
+    assert probes.alike(1000, 31) == probes.alike(1000, 33.5) == (1000, 32) != probes.alike(1000, 64)
+    assert probes.alike(4, 50) == (4, 4) and probes.alike(9, 0)[1] == 1
 
 # --- the language model ---------------------------------------------------------------------------
 
@@ -361,12 +458,18 @@ def test_the_command(spelling_lm, capsys, monkeypatch, tmp_path, cache, few):
     monkeypatch.setattr(first_letter, "task", lambda *rest: calls.append(2) or task(*rest))
     assert run(path, other, "--probes", "--contexts", 0) == 0
     assert calls == [1, 2]                                     # no task of shuffled letters
-    sae = SimpleNamespace(path=path)
+    dense = json.loads((other / "evaluation.json").read_text())["probing"]["beside"]
+    for name in both["probing"]["beside"]:                     # only the random dictionary is that of each L0
+        assert (dense[name] == both["probing"]["beside"][name]) == (name != "untrained")
+    sae = SAE(path)
     stored = lambda facts=(): probes.Stored("first_letter", sae, [*facts], first_letter.__file__).result
     assert not stored()                                        # other facts
     (path / "probes.json").write_text("{")
     probes.Stored("first_letter", sae, [], first_letter.__file__).put(dict(a=float("nan")))
     assert stored() == dict(a=None) and not stored(["of another model"])
+    class Other(SAE):                                          # another encoder
+        pass
+    assert not probes.Stored("first_letter", Other(path), [], first_letter.__file__).result
     (path / "sae_weights.safetensors").write_bytes(b"another")
     assert not stored()
 
@@ -433,3 +536,50 @@ def test_bad_flags_of_probes(one_line, tmp_path):
     slow = SimpleNamespace(is_fast=False)
     one_line(lambda: probing.contexts([], slow, 16, []), "--probes", "no offsets")
     one_line(lambda: probing.prepare([], None, Words(), None, 1, 16), "no class has")
+
+# --- benchmarks/ground_truth.py and which_l0.py ---------------------------------------------------
+
+def measured(l0, shuffled, absorption=0.1):
+    """What a benchmark keeps of a run of this L0; the letters were shuffled for a run with the L0 `shuffled`."""
+    letters = lambda l0: dict(l0=l0, absorption=absorption, full=0.2, f1_first=0.3)
+    accuracy = {k: dict(accuracy=0.7) for k in ("1", "5", "all")}
+    cone = dict(containment=[0.5] * 16, controls={n: dict(containment=[0.4] * 16) for n in ("random", "activations", "shuffled")})
+    return dict(l0=l0, fvu=0.1, dead=0.0, c_dec=0.1, s_n=1 / l0, cones={"first letters": cone, "roles of tokens": cone},
+                first_letter=letters(l0) | dict(letters={"a": {}}, controls=dict(
+                    untrained=letters(l0), coordinates=letters(576.0), shuffled=letters(shuffled))),
+                probing=accuracy | dict(beside=dict(untrained=accuracy, residual=accuracy, token=dict(all=accuracy["1"]),
+                                                    full=dict(all=accuracy["1"]), counted=["role"])))
+
+def test_the_tables_of_ground_truth(monkeypatch, tmp_path, capsys):
+    """A number that there is not costs its cell alone; shuffled letters stand in the tables of their L0; controls of letters
+    and of cones have names of their own."""
+    bench = importlib.import_module("benchmarks.ground_truth")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    runs = {name: measured(l0 := float(name.split("-")[-2]), 32.0, None if name == "6-topk-32-s1" else 0.1 + l0 / 1000)
+            for name in bench.RUNS if name.startswith("6-topk-") or name == "6-vanilla-16-s0"}
+    runs["6-vanilla-16-s0"]["first_letter"]["absorption"] = None
+    (tmp_path / "ground-truth.json").write_text(json.dumps(dict(machine="m", runs=runs)))
+    bench.report(None)
+    tables = capsys.readouterr().out.split("**Layer ")[1:]
+    cells = lambda table, name: next(line for line in table.splitlines() if line.startswith(f"| {name} |")).split(" | ")
+    assert [t.split("**")[0] for t in tables] == ["6, L0 32", "6, L0 16", "6, L0 64"]
+    assert ["*letters shuffled*" in t for t in tables] == [True, False, False]
+    assert all("*references permuted*" in t and "*shuffled*" not in t for t in tables)
+    assert cells(tables[0], "topk")[3:5] == ["32.0 \u00b1 0.0", "0.132 \u00b1 0.000"]
+    assert cells(tables[1], "vanilla")[4] == "\u2013"
+    assert tables[0].splitlines()[2].startswith("| | L0 | FVU | L0 on words | absorption |")
+
+def test_which_l0_without_a_run(monkeypatch, tmp_path, capsys):
+    """One run and one number are missing: the others keep their seeds; a lowest value at the first or last k says so."""
+    bench = importlib.import_module("benchmarks.which_l0")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    runs = {name: measured(k := float(name.split("-")[0]), k) | dict(
+        fvu=1 / k, c_dec=abs(k - (64 if name.endswith("s2") else 32))) for name in bench.RUNS}
+    del runs["32-s0"]
+    runs["8-s1"]["c_dec"] = None
+    (tmp_path / "which-l0.json").write_text(json.dumps(dict(machine="m", runs=runs)))
+    bench.report(None)
+    out = capsys.readouterr().out
+    assert "FVU: lowest at k = 256 (at the edge), 256 (at the edge), 256 (at the edge)" in out
+    assert "c_dec: lowest at k = 16, 32, 64;" in out and "| 32 | 0.0312 (0.0000) |" in out and "absorption, untrained" in out
+    assert (tmp_path / "which-l0.png").exists()

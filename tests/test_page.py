@@ -91,10 +91,12 @@ def test_odd_texts_show_as_signs():
 class Browser(webdriver.Chrome):
     def all(self, selector):
         return self.find_elements(By.CSS_SELECTOR, selector)
-    def shown(self, selector):
-        return [e for e in self.all(selector) if e.is_displayed()]
+    def shown(self, selector, what="e"):                     # in one question: a thousand take seconds
+        return self.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length && e.checkVisibility("
+            f"{{opacityProperty: true, visibilityProperty: true}})).map(e => {what})", selector)
     def texts(self, selector):
-        return [e.text for e in self.shown(selector)]
+        return self.shown(selector, "(e.innerText ?? e.textContent).trim()")
     def active(self):
         return self.switch_to.active_element
     def type(self, *keys):

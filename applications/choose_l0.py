@@ -2,29 +2,26 @@
 
     python applications/choose_l0.py --model toy --toy wrong --d-sae 50 --ks 4 6 8 10 12 16 24
     python applications/choose_l0.py --layer 6 --ks 8 16 32 64 128 --tokens 2e6 --html l0.html
-    python applications/choose_l0.py runs/which-l0/*         # finished runs, of any k and seeds
+    python applications/choose_l0.py runs/which-l0/*/        # finished runs, of any k and seeds
     python applications/choose_l0.py ... --mask-train 0.75   # with hidden coordinates in training
 
 FVU falls with k for ever, and cannot say which k is right. Curves over k that might:
-masked   A random part of the coordinates, in a random orthonormal basis, is hidden from the
-FVU      encoder, and the error is taken on these (evaluation/masked.py). What is hidden must be
-         predicted through features, and latents more than these fit the noise that hiding adds:
-         docs/choosing_l0.md has the derivation, and where it fails. p, the share that is seen, is
-         --mask. From coordinated dropout (Keshtkaran and Pandarinath 2019, arXiv 1908.07896; the
-         abstract and notes on it were read), where 'SAE' is a sequential autoencoder of spike
-         counts, not a sparse one: only the method carries over, and choosing k by it is ours
-c_dec    and s_n of Chanin and Garriga-Alonso 2025 (evaluation/metrics.py), on their toys lowest
-         near the true L0; and MCC with the true features, where the data is a toy
-active   latents that a token really has, of its k: a code may be 0. With --mask-train P the loss
-         is the masked one with p = P: gradients come through hidden coordinates alone, a latent
-         that fits noise learns to be silent, and it is 'active' that should stop growing
-Rule     Recommended is the k of --ks with the lowest mean over seeds of the masked FVU; its spread
-(ours)   is the lowest to the highest k of single seeds. A curve has no minimum if its mean is
-         lowest at the first or last k, or if on one side of its lowest k it nowhere lies above that
-         by more than its spread there, which is the largest less the smallest of the seeds
+masked FVU   A random part of the coordinates, in random orthonormal bases, is hidden from the
+             encoder, and the error is taken on these (evaluation/masked.py). What is hidden must be
+             predicted through features; further latents fit the noise that hiding adds. p, the
+             share that is seen, is --mask. docs/choosing_l0.md: derivation, and where it fails
+c_dec, s_n   Chanin and Garriga-Alonso 2025 (evaluation/metrics.py); on their toys lowest near the
+             true L0. MCC: with the true features, on toys
+active       latents that fire on a token, at most k. With --mask-train P the loss is the masked one
+             with p = P: a latent that fits noise learns to be silent, and this should stop growing
 
-Runs stand in --out, where finished ones of the same flags are kept: the same command goes on. It
-writes choose_l0.json there. Bad input costs one line and the exit code 2.
+The rule is ours. Recommended is the k of --ks with the lowest mean over seeds of the masked FVU;
+its spread is the lowest to the highest k of single seeds. A curve has no minimum if its mean is
+lowest at the first or last k, or if on one side of its lowest k it nowhere lies above that by more
+than its spread there, largest less smallest of the seeds. Of one seed nothing is recommended.
+
+Runs stand in --out, where finished ones of the same flags are kept: the same command with that
+--out goes on. It writes choose_l0.json there. Bad input costs one line and the exit code 2.
 """
 import argparse, contextlib, io, sys
 from functools import partial
@@ -40,8 +37,7 @@ import topk_sae
 from evaluation import metrics, page
 from evaluation.intervals import lowest
 from evaluation.masked import basis, masked_fvu, seen
-from evaluation.saved import (DATA_FLAGS, SAE, data_flags, open_data, write_page,
-                              write_result)
+from evaluation.saved import DATA_FLAGS, SAE, data_flags, open_data, write_page, write_result
 from evaluation.tables import print_table
 
 ROWS = 16384                            # held-out tokens, evenly spaced, that are measured
@@ -51,7 +47,7 @@ KNOWN = "model_name", "model_hash", "hook_name", "text_hash", "context_size", "n
 
 # --- arguments ------------------------------------------------------------------------------------
 
-def inside(text):
+def share(text):
     """An argparse type: a number in (0, 1)."""
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and below 1")
@@ -63,12 +59,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training, without RUN").add_argument
     add("--ks", type=runs.count, nargs="+", help="three or more; default 4 8 16 32 64 128")
     add("--seeds", type=runs.count, help="seeds 0, 1, ... of each k, so many; default 3")
-    add("--mask-train", type=inside, help="train with masks that keep this share, as 0.75")
+    add("--mask-train", type=share, help="train with masks that keep this share, as 0.75")
     add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=runs.count, help="training tokens of a run; default 1e6")
     add("--batch-size", type=runs.count, help="tokens a step; default 1024")
     add = parser.add_argument_group("measuring").add_argument
-    add("--mask", type=inside, default=0.9, help="p, the share of coordinates that the encoder "
+    add("--mask", type=share, default=0.9, help="p, the share of coordinates that the encoder "
         "sees; default 0.9")
     add("--out", type=Path, help="folder of the runs; default runs/choose-l0-...")
     add("--html", type=Path, help="write the page there")
@@ -78,11 +74,11 @@ def parse_args(argv=None):
              if getattr(args, f) is not None]
     if args.runs and given:
         parser.error(f"--{given[0].replace('_', '-')}: is for training; leave it out with RUN")
-    ks = args.ks = sorted(args.ks or (4, 8, 16, 32, 64, 128))
-    if len({*ks}) < len(ks):
-        parser.error(f"--ks {' '.join(map(str, ks))}: one stands there twice; name each once")
-    if len(ks) < 3:
-        parser.error(f"--ks: {len(ks)} of them have no minimum in between; give three or more")
+    ks = sorted(args.ks or (4, 8, 16, 32, 64, 128))
+    args.ks = None if args.runs else ks
+    if len({*ks}) < max(3, len(ks)):
+        parser.error(f"--ks {' '.join(map(str, ks))}: give three or more, and none twice, as a "
+                     "minimum lies in between")
     if args.html and args.html.is_dir():
         parser.error(f"--html {args.html}: a folder; name a file")
     args.torch_device = runs.open_device(args.device)
@@ -92,17 +88,19 @@ def parse_args(argv=None):
 
 def masked_loss(sae, x, state, args, m, Q):
     """topk_sae.loss with masks m [B, D], in the basis Q, for x of mean 0: the encoder sees the one
-    part, errors are those of the other, times 1 / (1 - p) as if all were. The textbook."""
+    part, errors are those of the other, in mse times 1 / (1 - p) as if all were. The textbook."""
     p, u, dead = args.mask_train, x @ Q, state["dead"]
     x_seen = (m * u / p) @ Q.T
     z = sae.encode(x_seen)                                                           # (B, F)
-    e = ~m * ((x - sae.decode(z)) @ Q)                                               # (B, D)
-    mse, aux = e.pow(2).sum(1).mean() / (1 - p), torch.zeros_like(e[0, 0])
+    e = (x - sae.decode(z)) @ Q                                                      # (B, D)
+    mse, e = (~m * e).pow(2).sum(1).mean() / (1 - p), e.detach()
+    aux = torch.zeros_like(mse)
     if len(dead) and args.auxk_alpha:
         pre = (x_seen - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
         vals, idx = pre.topk(min(args.auxk, len(dead)))
         e_hat = torch.zeros_like(pre).scatter(1, idx, vals.relu()) @ sae.W_dec[dead]
-        aux = (e.detach() - ~m * (e_hat @ Q)).pow(2).sum() / e.detach().pow(2).sum()
+        variance = (~m * (e - e.mean(0))).pow(2).sum().clamp_min(1e-8 * len(e))
+        aux = (~m * (e - e_hat @ Q)).pow(2).sum() / variance
     total = mse + args.auxk_alpha * x.shape[1] * aux
     terms = dict(loss=total, mse=mse, aux=aux, l0=(z > 0).sum() / len(x))
     return total, terms, (z > 1e-3).float().sum(0)
@@ -129,14 +127,14 @@ def train_masked(args):
     args.dead_after = args.dead_after or min(10_000_000, max(1, args.tokens // 100))
     args.lr = args.lr or topk_sae.default_lr(args.d_sae, args.steps)
     torch.manual_seed(args.seed)
-    sae, Q = topk_sae.TopKSAE(D, args.d_sae, args.k).to(device), basis(D, device)
+    sae, Q = topk_sae.TopKSAE(D, args.d_sae, args.k).to(device), basis(D, device, 4, args.seed)
     opt, state = runs.adam(sae, args.lr, topk_sae.BETAS), topk_sae.init_state(args, device)
     with runs.Run(args, "topk", source, sae, opt, state) as run:
         for step in run.steps:
             x = source.batch(step)
             loss = partial(masked_loss, m=seen(x, args.mask_train, 2, args.seed, step), Q=Q)
             terms = topk_sae.train_step(sae, opt, x, state, step, args, loss)
-            if (step + 1) % runs.CHECK_EVERY == 0:
+            if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
             run.end_step(step, x, terms, topk_sae.lr_at(step, args))
     found = runs.heldout_metrics(sae, source.heldout())
@@ -149,7 +147,7 @@ def finished(flags):
         return False
     there, want = SAE(flags.out).flags, dict(mask_train=None) | runs.flags(flags)
     for name in sorted(want.keys() - FREE | {"k", "seed"}):
-        default = want[name] is None and name != "mask_train"
+        default = want[name] is None and name not in (*DATA_FLAGS, "mask_train")
         if not default and there.get(name) != want[name]:
             runs.fail(f"--out {flags.out}: a run with --{name.replace('_', '-')} {there.get(name)} "
                       f"is there, not {want[name]}; choose another")
@@ -158,7 +156,9 @@ def finished(flags):
 def train(args):
     """Train what is not finished yet; the run directories of all ks and seeds."""
     first = training_flags(args, args.ks[-1], 0)
-    source = data.open_source(first, args.torch_device)       # its defaults are now among the flags
+    source = data.open_source(first, args.torch_device)
+    for name in DATA_FLAGS:                                   # with the defaults, spelled out now
+        setattr(args, name, getattr(first, name))
     args.d_sae = args.d_sae or 8 * source.d_in
     if args.ks[-1] > args.d_sae:
         runs.fail(f"--ks {args.ks[-1]}: larger than --d-sae {args.d_sae}")
@@ -178,8 +178,8 @@ def train(args):
 
 # --- measuring ------------------------------------------------------------------------------------
 
-def sorted_runs(paths, args):
-    """{(k, seed): path} of finished runs, by k, and the key of their data. Fails unless they are
+def checked_runs(paths, args):
+    """{(k, seed): path} of finished runs, by k, and what they have in common. Fails unless they are
     TopK runs that differ in k and seed alone, of the same seeds at each of three k or more."""
     found, first = {}, None
     for path in paths:
@@ -204,7 +204,7 @@ def sorted_runs(paths, args):
         runs.fail(f"{paths[0]} ...: {len(ks)} k have no minimum in between; give three or more")
     if gaps := sorted((k, s) for k in ks for s in seeds if (k, s) not in found):
         runs.fail(f"{paths[0]} ...: none has k {gaps[0][0]} and seed {gaps[0][1]}; add that run")
-    return dict(sorted(found.items())), first["data"]
+    return dict(sorted(found.items())), first
 
 def measure(found, key, args):
     """({measure: {k: [value of each seed]}}, source, the truth of a toy or None)."""
@@ -215,6 +215,9 @@ def measure(found, key, args):
         sae = SAE(path).to(source.device)
         if sae.d_in != source.d_in:
             runs.fail(f"{path}: takes D = {sae.d_in}, not {source.d_in}; name the data it is of")
+        known = [(sae.meta.get(n), source.meta.get(n)) for n in ("model_hash", "hook_name")]
+        if any(there != here for there, here in known if there and here):
+            runs.fail(f"{path}: trained on another model or layer; give the ones of its training")
         row, _ = metrics.reconstruction(sae, x, x.double().mean(0))
         row |= metrics.geometry(sae.t["W_dec"], sae.inputs(x[:4096]), source.scale)
         row |= dict(active=row["l0"], masked=masked_fvu(sae, x, source.mean, args.mask))
@@ -240,7 +243,8 @@ def conclusion(end, active, p, truth):
         f"{max(end['by_seed'])}, where the masked FVU (p = {p:g}) is lowest; {active:.2f} of its " \
         "latents are active on a token."
     if not end["sure"]:
-        said = f"No k recommended: masked FVU (p = {p:g}) has {end['verdict']}, k = {end['at']}."
+        said = f"No k recommended: the masked FVU (p = {p:g}) is lowest at k = {end['at']} " \
+            f"({end['verdict']})."
     return said + (f" True L0: {truth['l0']:.2f}, with a standard deviation of {truth['std']:.2f} "
                    "over tokens." if truth else "")
 
@@ -273,21 +277,21 @@ def render(curves, shown, said, about, truth):
 
 def main(argv=None):
     args = parse_args(argv)
-    found, key = sorted_runs(args.runs or train(args), args)
-    curves, source, truth = measure(found, key, args)
+    found, common = checked_runs(args.runs or train(args), args)
+    curves, source, truth = measure(found, common["data"], args)
     ends = {name: lowest(curves[name], name == "mcc") for name in MEASURES if name in curves}
-    active = np.mean(curves["active"][ends["masked"]["at"]])
-    shown, said = tables(curves, ends, truth), conclusion(ends["masked"], active, args.mask, truth)
-    for table in shown:
+    best = ends["masked"]
+    said = conclusion(best, np.mean(curves["active"][best["at"]]), args.mask, truth)
+    for table in (shown := tables(curves, ends, truth)):
         print_table(*table)
     print(f"\n{said}")
     if args.out:
-        best = ends["masked"]
         result = dict(recommended=best["at"] if best["sure"] else None, lowest=ends, curves=curves,
                       truth=truth, runs=list(map(str, found.values())))
         write_result(args.out / "choose_l0.json", result, source, args, "--out")
     if args.html:
-        about = f"{source.meta['model_name']}, {len(found)} runs"
+        about = f"{source.meta['model_name']} {source.meta.get('hook_name', '')}, " \
+            f"F = {common['d_sae']}, {len(found)} runs"
         write_page(args.html, render(curves, shown, said, about, truth))
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def measured(argv):
     out = {}
     for p in P:
         args = choose_l0.parse_args([*map(str, argv), "--mask", str(p)])
-        found, key = choose_l0.sorted_runs(args.runs, args)
-        out[p], _, truth = choose_l0.measure(found, key, args)
+        found, common = choose_l0.checked_runs(args.runs, args)
+        out[p], _, truth = choose_l0.measure(found, common["data"], args)
     return out, truth
 
 def evaluate(args):

@@ -41,15 +41,18 @@ def lowest(curve, highest=False):
     """Of {x: [value of each seed]}, x ascending: at, where the mean is lowest; by_seed, where each
     seed is; alike, where the mean is above that by no more than its spread, largest less smallest
     of the seeds. sure: whether it is a minimum, neither at an end nor with a side that nowhere lies
-    above it by more than its spread; verdict, in words. highest: the same of a maximum."""
+    above it by more than its spread, which one seed does not have; verdict, in words. highest: the
+    same of a maximum."""
     xs, values = list(curve), np.array(list(curve.values()), float) * (-1 if highest else 1)
     mean = values.mean(1)                                                            # (n,)
     i, kind = int(mean.argmin()), "maximum" if highest else "minimum"
-    spread, why = np.ptp(values[i]), ""
+    spread, verdict = np.ptp(values[i]), kind
     if i in (0, len(xs) - 1):
-        why = f"{'highest' if highest else 'lowest'} at the {'last' if i else 'first'}"
+        end = "last" if i else "first"
+        verdict = f"no {kind}: {'highest' if highest else 'lowest'} at the {end}"
     elif min(mean[:i].max(), mean[i + 1:].max()) - mean[i] <= spread:
-        why = "flat on one side, within the spread over seeds"
-    return dict(at=xs[i], by_seed=[xs[j] for j in values.argmin(0)], sure=not why,
-                alike=[x for x, m in zip(xs, mean) if m - mean[i] <= spread],
-                verdict=f"no {kind}: {why}" if why else kind)
+        verdict = f"no {kind}: flat on one side, within the spread over seeds"
+    elif values.shape[1] < 2:
+        verdict = "of one seed, whose spread is not known"
+    return dict(at=xs[i], by_seed=[xs[j] for j in values.argmin(0)], sure=verdict == kind,
+                alike=[x for x, m in zip(xs, mean) if m - mean[i] <= spread], verdict=verdict)

@@ -311,7 +311,8 @@ def harvest(args, device, model_path, key, out):
     ids, bos, text_tokens = contexts(args, tokenizer)
     ids = ids[np.random.default_rng(0).permutation(len(ids))]
     work = out.with_name(out.name + ".partial")
-    check_room(args, work, out, ids.size, model.config.get_text_config().hidden_size)
+    rows = ids[:, first_position(args):].size
+    check_room(args, work, out, rows, model.config.get_text_config().hidden_size)
     cut = write_shards(args, device, model, block, ids, work)
     save_array(work / "tokens.npy", ids)
     if is_othello(args.model):
@@ -337,14 +338,14 @@ def model_below(args, device, path, dtype):
                  "activations yourself and give them with --activations")
     return model, tokenizer, block
 
-def check_room(args, work, out, tokens, D):
-    """Make the folder `work`; is there disk for so many tokens of D numbers?"""
-    size = tokens * D * 2
+def check_room(args, work, out, rows, D):
+    """Make the folder `work`; is there disk for so many rows of D numbers?"""
+    size = rows * D * 2
     work.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(work).free) < 1.05 * size:
         fail(f"--cache-dir {args.cache_dir}: {size / 1e9:.1f} GB needed and {free / 1e9:.1f} GB "
              "free; choose another, or fewer --cache-tokens")
-    print(f"harvest: {tokens:,} tokens x {D} numbers in fp16, {size / 1e9:.2f} GB, to {out}",
+    print(f"harvest: {rows:,} rows x {D} numbers in fp16, {size / 1e9:.2f} GB, to {out}",
           flush=True)
 
 def write_shards(args, device, model, block, ids, work):
@@ -414,8 +415,8 @@ def open_cache(args, device):
     if manifest["text_tokens"] >= default_tokens(args.model):      # recorded: defaults may change
         args.cache_tokens = args.cache_tokens or default_tokens(args.model)
     if rank() == 0:
-        print(f"cache: {folder}; {manifest['dropped']:.2%} of the tokens after position 0 dropped "
-              f"(norm above {manifest['norm_cut']:.0f})", flush=True)
+        print(f"cache: {folder}; {manifest['dropped']:.2%} of the rows dropped (norm above "
+              f"{manifest['norm_cut']:.0f})", flush=True)
     shards = Shards(sorted(folder.glob("acts-*.npy")), "--cache-dir")
     size, n_train = chunk_size(shards.n), manifest["n_train_rows"]
     train, held = numbers(0, n_train // size), numbers(-(-n_train // size), shards.n // size)

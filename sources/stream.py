@@ -300,8 +300,8 @@ class StreamSource(Source):
         self.check_length()
 
     def about(self):
-        return (f"streamed, {self.meta['dropped']:.2%} of the tokens after position 0 dropped "
-                f"(norm above {self.meta['norm_cut']:.0f})")
+        return (f"streamed, {self.meta['dropped']:.2%} of the rows dropped (norm above "
+                f"{self.meta['norm_cut']:.0f})")
 
     def check_length(self):
         """Is the text long enough for --tokens? For files that is known, about; for hub data sets

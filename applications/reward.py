@@ -10,22 +10,23 @@ SAE at the last token of the answer, w by Bradley-Terry: -log sigmoid(r_chosen -
 is logistic regression without intercept on z_chosen - z_rejected. The released recipe has its head
 on the pre-activations: a linear probe of the residual in disguise. Here z keeps its sparsity.
 
-Pairs     evaluation/preferences.py: their file, and --make. No prompt, and no group (of made pairs:
-          a file), is in both the training and the held-out part; nor in two folds
+Pairs     evaluation/preferences.py: their file, and --make. A third of the groups (of made pairs:
+          of the files) is held out; no prompt is on both sides, nor in two folds
 Read at   last: the last token, as in SARM. mean: z averaged over the answer; ours, and what follows
           the first table unless --at last: there latents speak of all tokens, whose roles are known
-Fit       by accuracy in cross-validation over FOLDS parts L1, unless L2 is better by 0.02, and the
-          strongest penalty within a standard error of its best. For dense inputs L2 alone
+Fit       Cross-validation over 5 parts, by accuracy, takes L1, unless L2 is better by more than
+          0.02, then the strongest penalty within a standard error of its best. Dense inputs, which
+          gain nothing by few weights, have the best L2
 Beside    residual: the activations. pre-activations: W_enc without the rule that makes z sparse.
           untrained: a random dictionary as sparse as the run. random encoder: its products alone
           (the paper's ablation, as we understand it). length: tokens of the answer
 Sure?     accuracy, ties half, with Wilson's interval; less residual: bootstrap over pairs; 95 %
 Deciding  latent i adds w_i (z_chosen - z_rejected)_i to a margin; these sum to it exactly. share:
           |that|, averaged over held-out pairs, of all latents'. What they detect, with an F1 of
-          0.2 or, if they are rarer than that, at least precisely: roles as in evaluate.py --probes,
-          if the run's text is Python; class, inside, place, level of evaluation/programs.py
---edit    I=C multiplies w_I by C. How far rewards and margins move: the mean |change|. factor: of
-          the attribute whose margins move most, by the mean over all other pairs
+          0.2 or, if they are rarer than that, at least precisely: class of evaluation/programs.py;
+          of Python also inside, place, level of that, and roles as in evaluate.py --probes
+--edit    I=FACTOR multiplies w_I. How far rewards and margins move: the mean |change|; and how many
+          times as far as those of all pairs of other attributes
 Writes RUN/reward.json and RUN/reward_head.safetensors (w [F] for raw codes, and w_edited). Bad
 input costs one line, which names the line of the file, and the exit code 2.
 """
@@ -49,7 +50,7 @@ from evaluation.intervals import bootstrap
 from evaluation.saved import open_language_run, write_page, write_result
 from evaluation.tables import print_table
 
-C = dict(L2=(0.1, 1, 10, 100, 1000), L1=(0.03, 0.1, 0.3, 1, 3, 10, 30))
+GRID = dict(L2=(0.1, 1, 10, 100, 1e3, 1e4, 1e5), L1=(0.03, 0.1, 0.3, 1, 3, 10, 30))
 REFIT, FOLDS, PRICE = 100, 5, 0.02     # PRICE: accuracy that few weights may cost
 WAYS = "SAE", "residual", "pre-activations", "untrained", "random encoder", "length"
 SHOWN, OF_PAIR = 200, 8                 # held-out pairs on the page; latents of each
@@ -59,9 +60,11 @@ OLD = LogisticRegression().penalty == "l2"        # before scikit-learn 1.8: Pyt
 # --- arguments ------------------------------------------------------------------------------------
 
 def factor(text):
-    """An argparse type: I=C, a latent and what its weight is multiplied by."""
-    if not (found := re.fullmatch(r"(\d+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", text)):
-        raise argparse.ArgumentTypeError(f"{text} is not LATENT=FACTOR, as in 1176=0 or 88=2.0")
+    """An argparse type: I=FACTOR, a latent and what its weight is multiplied by."""
+    found = re.fullmatch(r"(\d+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", text)
+    if not found or abs(float(found[2])) > 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not LATENT=FACTOR, as in 1176=0 or 88=2.0, "
+                                         "with a factor of at most 1e9")
     return int(found[1]), float(found[2])
 
 def parse_args(argv=None):
@@ -74,8 +77,8 @@ def parse_args(argv=None):
     add("--pairs", type=runs.at_least(preferences.FEWEST), help="of --make; default 600")
     add("--at", choices=READS, default=READS[0], help="the head that is saved, explained and edited"
         "; default mean")
-    add("--edit", type=factor, action="append", default=[], metavar="I=C", help="multiply the "
-        "weight of latent I by C; may be repeated")
+    add("--edit", type=factor, action="append", default=[], metavar="I=FACTOR",
+        help="multiply the weight of latent I; may be repeated")
     add("--pair", type=runs.count, metavar="LINE", help="print what decided the pair of this line")
     add("--top", type=runs.count, default=10, help="latents that are shown; default 10")
     add("--length", type=runs.at_least(2), default=512, help="tokens of prompt and answer; "
@@ -84,8 +87,8 @@ def parse_args(argv=None):
     add("--html", type=Path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     args = parser.parse_args(argv)
-    edited = [i for i, _ in args.edit]
-    if again := [i for i in edited if edited.count(i) > 1]:
+    latents = [i for i, _ in args.edit]
+    if again := [i for i in latents if latents.count(i) > 1]:
         parser.error(f"--edit {again[0]}=...: given twice; give one factor for each latent")
     if args.make:
         args.make = preferences.checked("--make", args.make)
@@ -114,9 +117,10 @@ def fitted(d, penalty, C):
     return w
 
 def bradley_terry(d, part, sparse):
-    """w [width], penalty and C of a head on differences d [n, width] of pairs that hang together by
-    part [n]: by accuracy in cross-validation L1, unless it costs more than PRICE, and the strongest
-    penalty within a standard error of its best."""
+    """w [width], penalty and C of a head on differences d [n, width] of pairs; part [n]: numbers of
+    groups that stay together in cross-validation. By its accuracy L1 if sparse, unless that costs
+    more than PRICE, and the strongest penalty within a standard error of its best; else the best
+    L2."""
     used, w = np.flatnonzero(d.any(0)), np.zeros(d.shape[1])
     if not len(used):
         return SimpleNamespace(w=w, penalty="", C=0.0)
@@ -125,10 +129,10 @@ def bradley_terry(d, part, sparse):
     folds, good = list(GroupKFold(FOLDS).split(d, groups=part)), {}
     for penalty in ("L2", "L1") if sparse else ("L2",):
         good[penalty] = {c: sum(right(d[test] @ fitted(d[train], penalty, c)).sum()
-                                for train, test in folds) / n for c in C[penalty]}
+                                for train, test in folds) / n for c in GRID[penalty]}
     best = {penalty: max(of.values()) for penalty, of in good.items()}
     penalty = "L1" if sparse and best["L1"] >= best["L2"] - PRICE else "L2"
-    least = best[penalty] - np.sqrt(best[penalty] * (1 - best[penalty]) / n)
+    least = best[penalty] - sparse * np.sqrt(best[penalty] * (1 - best[penalty]) / n)
     c = min(c for c, share in good[penalty].items() if share >= least)
     w[used] = fitted(d, penalty, c) / scale
     return SimpleNamespace(w=w, penalty=penalty, C=c)
@@ -156,25 +160,24 @@ def less(one, other):
 def names_of(f):
     return [f"{task}={name}" for task, name, *_ in f["detects"]]
 
-def tables(found, a, features, at, edits, moved):
-    """What is printed and shown. found: heads(); a: Attribution of the SAE's head."""
+def tables(found, attribution, features, at, edits, moved):
+    """What is printed and shown. found: heads(); attribution: that of the SAE's head."""
     of = lambda way, read=at: found[way, read if way != "length" else READS[0]]
-    out, rows = [], []
+    out, rows, held = [], [], attribution.held
     for (way, read), h in found.items():
-        base = found["residual", read].margin[a.held]
-        rows.append([way, read if way != "length" else "", interval(accuracy(h.margin[a.held])),
-                     interval(less(h.margin[a.held], base), "+") if way != "residual" else "",
+        base = found["residual", read].margin[held]
+        rows.append([way, read if way != "length" else "", interval(accuracy(h.margin[held])),
+                     interval(less(h.margin[held], base), "+") if way != "residual" else "",
                      f"{h.penalty} {h.C:g}", str(np.count_nonzero(h.w))])
-    out.append(("Accuracy on held-out pairs", f"{(~a.held).sum()} pairs to train on, "
-                f"{a.held.sum()} held out, no prompt in both; below: the head of the SAE read at "
-                f"'{at}'", ["head", "read at", "accuracy", "less residual", "penalty", "weights"],
-                rows))
+    out.append(("Accuracy on held-out pairs", f"{(~held).sum()} pairs to train on, {held.sum()} "
+                f"held out, no prompt in both; below: the head of the SAE read at '{at}'",
+                ["head", "read at", "accuracy", "less residual", "penalty", "weights"], rows))
     out.append(("By attribute", f"so many latents carry {CARRIED:.0%} of the margins",
                 ["pairs of", "held out", "SAE", "residual", "length", "latents"],
                 [[name, str(own.sum()), *(interval(accuracy(of(way).margin[own]))
-                  for way in ("SAE", "residual", "length")), str(a.carry(name))]
-                 for name, own in a.rows.items()]))
-    w = dict(zip(a.on, zip(a.share["all"], a.mostly)))
+                  for way in ("SAE", "residual", "length")), str(attribution.carry(name))]
+                 for name, own in attribution.rows.items()]))
+    w = dict(zip(attribution.on, zip(attribution.share["all"], attribution.mostly)))
     out.append(("Latents that decide", "share: of the margins of held-out pairs",
                 ["latent", "weight", "share", "mostly for", "fires", "detects", "peaks on"],
                 [[str(f["latent"]), f"{of('SAE').w[f['latent']]:+.3g}", f"{w[f['latent']][0]:.1%}",
@@ -185,28 +188,39 @@ def tables(found, a, features, at, edits, moved):
         note = "; ".join(f"latent {i}, weight {of('SAE').w[i]:+.3g}, times {c:g}" for i, c in edits)
         out.append(("What the edits move", f"{note}; held-out pairs; accuracy before and after",
                     ["pairs of", "held out", "rewards move", "margins move", "margin before",
-                     "after", "accuracy before", "after", "factor of rewards", "of margins"],
+                     "after", "accuracy before", "after", "rewards, times others", "margins"],
                     [[name, str(m["pairs"]), f"{m['rewards']:.3f}", f"{m['margins']:.3f}",
                       f"{m['before']:+.3f}", f"{m['after']:+.3f}",
-                      *(f"{v:.3f}" for v in m["accuracy"]),
-                      *(f"{v:.2f}" for v in m.get("factor", ()))] + [""] * (
-                          0 if "factor" in m else 2) for name, m in moved.items()]))
+                      *(f"{v:.3f}" for v in m["accuracy"]), *times(m)]
+                     for name, m in moved.items()]))
     return out
 
-def pair_table(p, i, a, detects):
-    held = "held out" if a.held[i] else "trained on"
-    rows = [[str(latent), f"{adds:+.4f}", ", ".join(detects.get(latent, [])[:2])]
-            for latent, adds in a.of_pair(i)]
-    return (f"What decided the pair of line {p.line}", f"{held}; margin {a.margin[i]:+.4f}, the "
-            "sum of these", ["latent", "adds", "detects"], rows)
+def times(m):
+    """The two factors of deciding.moves as text."""
+    cell = lambda v, own: f"{v:.2f}" if v is not None else "> 1e6" if own else "–"
+    return list(map(cell, m["factor"], (m["rewards"], m["margins"]))) if "factor" in m else ["", ""]
 
-def render(args, shown, a, pairs, of_pairs, features):
-    counts = [n for n in COUNTS if n <= max(1, len(a.on))]
-    lines = {name: [(n, *accuracy(a.kept(n, own))) for n in counts]
-             for name, own in list(a.rows.items())[:6]}
+def notes(head, edits):
+    """Why tables are empty, or have zeros."""
+    empty = "the head has no latents: these pairs cannot be told apart by single ones"
+    said = [empty] if not head.w.any() else []
+    return said + [f"--edit {i}=...: the weight of latent {i} is 0, so that nothing moves"
+                   for i, _ in edits if not head.w[i]]
+
+def pair_table(p, i, attribution, detects):
+    held = "held out" if attribution.held[i] else "trained on"
+    rows = [[str(latent), f"{adds:+.4f}", ", ".join(detects.get(latent, [])[:2])]
+            for latent, adds in attribution.of_pair(i)]
+    return (f"What decided the pair of line {p.line}", f"{held}; margin "
+            f"{attribution.margin[i]:+.4f}, the sum of these", ["latent", "adds", "detects"], rows)
+
+def render(args, shown, attribution, pairs, of_pairs, features):
+    counts = [n for n in COUNTS if n <= max(1, len(attribution.on))]
+    lines = {name: [(n, *accuracy(attribution.kept(n, own))) for n in counts]
+             for name, own in list(attribution.rows.items())[:6]}
     figure = page.dose_svg("Accuracy of so many latents alone", "latents of the largest share",
                            "accuracy on held-out pairs", lines)
-    texts = [dict(of_pairs[i], **vars(pairs[i])) for i in np.flatnonzero(a.held)[:SHOWN]]
+    texts = [dict(of_pairs[i], **vars(pairs[i])) for i in np.flatnonzero(attribution.held)[:SHOWN]]
     return page.document("Reward", "".join([
         f'<p class="note">{page.cell(args.run)}, {page.cell(args.file)}</p>',
         *(page.table_html(*t) for t in shown),
@@ -241,26 +255,32 @@ def main(argv=None):
               "tokens (--length); their beginning is left out")
     found = heads({way: inputs[way] for way in WAYS}, part, held)
     head, z = found["SAE", args.at], inputs["SAE"][args.at]
-    a = Attribution(head, z, held, [p.attribute for p in pairs])
-    features = about(sae, source, model, tokenizer, block, a.top("all", args.top))
+    for note in notes(head, args.edit):
+        print(f"note: {note}")
+    attribution = Attribution(head, z, held, [p.attribute for p in pairs])
+    features = about(sae, source, model, tokenizer, block, attribution.top("all", args.top))
     new = edited(head.w, args.edit)
-    moved = moves(head.w, new, z, a.rows) if args.edit else {}
-    shown = tables(found, a, features, args.at, args.edit, moved)
+    moved = moves(head.w, new, z, attribution.rows) if args.edit else {}
+    shown = tables(found, attribution, features, args.at, args.edit, moved)
     detects = {f["latent"]: names_of(f) for f in features}
     if args.pair:
-        shown.append(pair_table(pairs[at[args.pair]], at[args.pair], a, detects))
+        i = at[args.pair]
+        shown.append(pair_table(pairs[i], i, attribution, detects))
     for table in shown:
         print_table(*table)
-    of_pairs = [dict(line=p.line, held=bool(held[i]), margin=float(head.margin[i]),
-                     rewards=(z[:, i] @ head.w).tolist(), latents=(adds := a.of_pair(i))[:OF_PAIR],
-                     rest=sum(v for _, v in adds[OF_PAIR:])) for i, p in enumerate(pairs)]
+    of_pairs = []
+    for i, p in enumerate(pairs):
+        adds = attribution.of_pair(i)
+        of_pairs.append(dict(line=p.line, held=bool(held[i]), margin=float(head.margin[i]),
+                             rewards=(z[:, i] @ head.w).tolist(), latents=adds[:OF_PAIR],
+                             rest=sum(v for _, v in adds[OF_PAIR:])))
     result = dict(
         heads=[dict(way=way, read=read, accuracy=accuracy(h.margin[held]), penalty=h.penalty, C=h.C,
                     weights=int(np.count_nonzero(h.w))) for (way, read), h in found.items()],
-        carry={name: a.carry(name) for name in a.rows}, latents=[dict(
-            latent=f["latent"], weight=float(head.w[f["latent"]]), rate=f["rate"],
-            share={n: float(s[np.searchsorted(a.on, f["latent"])]) for n, s in a.share.items()},
-            detects=f["detects"]) for f in features],
+        carry={name: attribution.carry(name) for name in attribution.rows},
+        latents=[dict(latent=f["latent"], weight=float(head.w[f["latent"]]), rate=f["rate"],
+                      share=attribution.shares_of(f["latent"]), detects=f["detects"])
+                 for f in features],
         edits=moved, pairs=of_pairs)
     write_result(args.run / "reward.json", result, source, args)
     tensors = dict(w=head.w) | (dict(w_edited=new) if args.edit else {})
@@ -268,7 +288,7 @@ def main(argv=None):
         save_file({name: torch.from_numpy(w) for name, w in tensors.items()}, tmp,
                   dict(at=args.at, penalty=head.penalty, C=str(head.C), pairs=str(args.file)))
     if args.html:
-        write_page(args.html, render(args, shown, a, pairs, of_pairs, features))
+        write_page(args.html, render(args, shown, attribution, pairs, of_pairs, features))
 
 if __name__ == "__main__":
     with runs.one_line_errors():

@@ -52,6 +52,11 @@ class Attribution:
         """The n latents that add most to the margins of these pairs."""
         return self.on[np.argsort(-self.share[name], kind="stable")[:n]].tolist()
 
+    def shares_of(self, latent):
+        """{attribute: the share of a latent of the head}."""
+        j = np.searchsorted(self.on, latent)
+        return {name: float(share[j]) for name, share in self.share.items()}
+
     def kept(self, n, rows):
         """Margins of pairs by the n latents of the largest share alone."""
         return self.adds[rows][:, self.order[:n]].sum(1)
@@ -65,16 +70,18 @@ class Attribution:
 # --- what latents stand for -----------------------------------------------------------------------
 
 class Places:
-    """Where the held-out tokens of a harvest stand, by the literals of evaluation/programs.py, and
-    how often each latent fires there. y {kind=value: bool [M]}, x [M, D]."""
+    """Where the held-out tokens of a harvest stand, by the literals of evaluation/programs.py (of
+    text that is not Python: their classes alone), and how often each latent fires there.
+    y {kind=value: bool [M]}, x [M, D]."""
     def __init__(self, source, model, tokenizer):
         ids, where = lm.heldout_tokens(source)
         texts = concepts.token_texts(tokenizer, model.get_output_embeddings().out_features)
         language, self.x = programs.Language(texts), source.heldout_raw()
         used, row = np.unique(where // ids.shape[1], return_inverse=True)
         read = language.read(ids[used]).take(row * ids.shape[1] + where % ids.shape[1])
+        python = preferences.python_files(source.flags.text)
         self.y = {f"{literal.kind}={literal.value}": language.holds(literal, read)
-                  for literal in programs.ATTRIBUTES}
+                  for literal in programs.ATTRIBUTES if python or literal.kind == "class"}
 
     def any_of(self, pattern):
         """bool [M]: tokens with a class that the regular expression is about."""
@@ -163,8 +170,8 @@ def edited(w, edits):
     return w
 
 def moves(w, new, z, rows):
-    """{attribute: how rewards and margins of its pairs move} from weights w to `new`, and of the
-    attribute whose margins move most, by which factors it moves more than all other pairs."""
+    """{attribute: how rewards and margins of its pairs move} from weights w to `new`. factor: how
+    many times as far as those of all other pairs; None where these do not move."""
     before, after = z @ w, z @ new                                           # (2, n)
     size = np.abs(after - before).mean(0), np.abs((after - before)[0] - (after - before)[1])
     out = {}
@@ -174,10 +181,7 @@ def moves(w, new, z, rows):
                          margins=float(size[1][own].mean()), before=float(margins[0].mean()),
                          after=float(margins[1].mean()),
                          accuracy=[float(right(m).mean()) for m in margins])
-    names = [name for name in rows if name != "all"]
-    if len(names) > 1:
-        most = max(names, key=lambda name: out[name]["margins"])
-        others = rows["all"] & ~rows[most]
-        out[most]["factor"] = [float(s[rows[most]].mean() / max(s[others].mean(), 1e-300))
-                               for s in size]
+        if (others := rows["all"] & ~own).any():
+            both = [(float(s[own].mean()), float(s[others].mean())) for s in size]
+            out[name]["factor"] = [a / b if b > 1e-6 * a else None for a, b in both]
     return out

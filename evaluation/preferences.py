@@ -28,7 +28,8 @@ import runs
 from sources.text import is_hub_dataset, text_files
 
 FEWEST, FEWEST_PARTS = 50, 10           # pairs of a file; prompts or groups that they come from
-HELD_OUT = 1 / 3                        # share of these whose pairs are held out
+HELD_OUT = 1 / 3                        # share of these whose pairs are held out,
+LEAST = 10, 20                          # and how many pairs must then be there, and be left
 FIELDS = "prompt", "chosen", "rejected"
 LINES = 3, 100                          # of a function
 SHORTEST, LONGEST = 40, 400             # characters of an answer that is made
@@ -77,6 +78,8 @@ def pair(line, n, bad):
             (value or "").encode()
         except UnicodeEncodeError:
             bad(f'"{name}" holds half a character (a lone surrogate), which is no text; mend it')
+    if row.get("attribute") in ("all", "(none)"):
+        bad(f'"attribute" is "{row["attribute"]}", a row of the tables already; use another word')
     for name in FIELDS[1:]:
         if not row[name].strip():
             bad(f'"{name}" is empty; leave the pair out')
@@ -86,7 +89,8 @@ def pair(line, n, bad):
                            **{name: row[name] for name in FIELDS})
 
 def split(path, pairs, seed):
-    """(part [n]: a number for all pairs that hang together by prompt or group, held [n] bool)."""
+    """(part [n]: numbers of groups of pairs that stay together, as they share a prompt or a group,
+    also over others; held [n] bool: those of a third of the parts)."""
     names = {}
     number = lambda *key: names.setdefault(key, len(names))
     one = [number("prompt", p.prompt) for p in pairs]
@@ -99,6 +103,12 @@ def split(path, pairs, seed):
     held = np.zeros(len(pairs), bool)
     draw = GroupShuffleSplit(1, test_size=HELD_OUT, random_state=seed)
     held[next(draw.split(part, groups=part))[1]] = True
+    if not LEAST[0] <= (n := held.sum()) <= len(pairs) - LEAST[1]:
+        size = np.bincount(part)
+        most = pairs[np.flatnonzero(part == size.argmax())[0]]
+        runs.fail(f"{path}: {n} of {len(pairs)} pairs are held out, as {size.max()} hang together, "
+                  f"that of line {most.line} (group {most.group}) among them; at least {LEAST[0]} "
+                  f"must be, and {LEAST[1]} not: give smaller groups, or another --seed")
     return part, held
 
 # --- pairs with a known reason --------------------------------------------------------------------

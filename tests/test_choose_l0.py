@@ -468,6 +468,7 @@ def test_the_page_in_a_browser(started, chosen, width, mobile):
         assert len(figure.find_elements("css selector", "path.mark")) == 4
         assert [t.get_attribute("textContent") for t in figure.find_elements("css selector", ".run text")] == [
             "mean and range of seeds", "true L0"]
+    assert "toy:wrong-small" in started.texts("p")[0] and "F = 5, 6 runs" in started.texts("p")[0]
     assert "No k recommended" in started.texts("p")[1] and "True L0: 1.9" in started.texts("p")[1]
     looks_right(started, mobile)
     assert started.get_log("browser") == []

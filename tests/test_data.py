@@ -372,8 +372,8 @@ def test_harvest(tiny_lm, text, tmp_path, capsys):
     assert manifest["n_train_rows"] >= (source.train[-1] + 1) * source.size
     assert "dropped" in capsys.readouterr().out
 
-def test_last_tokens_alone(tiny_lm, text, tmp_path):
-    """--last-token: one row for each context, that of its last position; it has a cache of its own."""
+def test_last_tokens_alone(tiny_lm, text, tmp_path, capsys):
+    """--last-token: one row for each context, that of its last position; it has a cache of its own, and disk is asked for these."""
     source_of(*lm_args(tiny_lm, text, tmp_path, "--layer", 2))
     folder, argv = only_cache(tmp_path), lm_args(tiny_lm, text, tmp_path, "--layer", 2, "--last-token")
     rows, where = np.load(folder / "acts-00000.npy"), np.load(folder / "where-00000.npy")
@@ -381,7 +381,10 @@ def test_last_tokens_alone(tiny_lm, text, tmp_path):
     last, at = (np.concatenate([np.load(p) for p in sorted(source.folder.glob(f"{name}-*.npy"))])
                 for name in ("acts", "where"))
     assert (at % 16 == 15).all() and np.array_equal(last, rows[np.isin(where, at)])
-    assert len(last) > 0.99 * len(np.load(folder / "tokens.npy")) and source.meta["dropped"] < 0.01
+    n = len(np.load(folder / "tokens.npy"))
+    assert len(last) > 0.99 * n and source.meta["dropped"] < 0.01
+    said = capsys.readouterr().out
+    assert f"harvest: {15 * n:,} rows x" in said and f"harvest: {n:,} rows x" in said and "of the rows dropped" in said
     assert len(lm.heldout_tokens(source)[1]) == len(source.heldout())
 
 def test_outlier_tokens_are_dropped(tiny_lm, text, tmp_path, loud):

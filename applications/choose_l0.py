@@ -37,7 +37,8 @@ import topk_sae
 from evaluation import metrics, page
 from evaluation.intervals import lowest
 from evaluation.masked import basis, masked_fvu, seen
-from evaluation.saved import DATA_FLAGS, SAE, data_flags, open_data, write_page, write_result
+from evaluation.saved import (DATA_FLAGS, SAE, data_flags, open_data, page_path, write_page,
+                              write_result)
 from evaluation.tables import print_table
 
 ROWS = 16384                            # held-out tokens, evenly spaced, that are measured
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     add("--mask", type=share, default=0.9, help="p, the share of coordinates that the encoder "
         "sees; default 0.9")
     add("--out", type=Path, help="folder of the runs; default runs/choose-l0-...")
-    add("--html", type=Path, help="write the page there")
+    add("--html", type=page_path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     args = parser.parse_args(argv)
     given = [f for f in ("ks", "seeds", "mask_train", "d_sae", "tokens", "batch_size")
@@ -79,8 +80,6 @@ def parse_args(argv=None):
     if len({*ks}) < max(3, len(ks)):
         parser.error(f"--ks {' '.join(map(str, ks))}: give three or more, and none twice, as a "
                      "minimum lies in between")
-    if args.html and args.html.is_dir():
-        parser.error(f"--html {args.html}: a folder; name a file")
     args.torch_device = runs.open_device(args.device)
     return args
 

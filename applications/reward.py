@@ -47,7 +47,7 @@ from evaluation import page, preferences
 from evaluation.answers import READS, Reader, linear, untrained
 from evaluation.deciding import CARRIED, Attribution, about, accuracy, edited, moves, right
 from evaluation.intervals import bootstrap
-from evaluation.saved import open_language_run, write_page, write_result
+from evaluation.saved import open_language_run, page_path, write_page, write_result
 from evaluation.tables import print_table
 
 GRID = dict(L2=(0.1, 1, 10, 100, 1e3, 1e4, 1e5), L1=(0.03, 0.1, 0.3, 1, 3, 10, 30))
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--length", type=runs.at_least(2), default=512, help="tokens of prompt and answer; "
         "default 512")
     add("--seed", type=runs.at_least(0), default=0, help="of the split, and of --make; default 0")
-    add("--html", type=Path, help="write the page there")
+    add("--html", type=page_path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
     args = parser.parse_args(argv)
     latents = [i for i, _ in args.edit]
@@ -96,8 +96,6 @@ def parse_args(argv=None):
             parser.error(f"--make: {args.file} exists; name a new file, or leave --make out")
     elif args.pairs:
         parser.error("--pairs: is for --make; the pairs of a file are all read")
-    if args.html and args.html.is_dir():
-        parser.error(f"--html {args.html}: a folder; name a file")
     args.torch_device = runs.open_device(args.device)
     return args
 

@@ -80,7 +80,7 @@ GBA_START = {"0": [], "at its target": replace("gba", ("loss_fn = dense_loss if"
 
 # Ways to revive latents of the gated SAE
 AFTER = "    for name, new in dict(l1=l1, last_l0=l0).items():"
-RISE = f"    sae.b_gate.data[state['dead']] += 10 * lr_at(step, args)\n"
+RISE = "    sae.b_gate.data[state['dead']] += 10 * lr_at(step, args)\n"
 RESAMPLE = """    if (step + 1) % (args.steps // 20) == 0 and step < args.steps / 2 and len(state["dead"]):
         with torch.no_grad():                                  # Bricken et al. 2023
             dead, error = state["dead"], (x - sae(x)).pow(2).sum(1)

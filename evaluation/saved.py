@@ -130,9 +130,11 @@ def open_data(key, saes, args):
     flags = argparse.Namespace(**json.loads(key), seed=0, batch_size=1, tokens=0, epochs=None)
     flags.activations = flags.activations and Path(flags.activations)
     flags.context_ids = flags.context_ids and Path(flags.context_ids)
-    cache = Path(str(saes[0].flags.get("cache_dir")))
-    cache = args.cache_dir or (cache if cache.is_dir() else None)
-    flags.cache_dir = None if flags.model == "toy" else cache
+    cache = args.cache_dir or saes[0].flags.get("cache_dir")
+    if cache and not args.cache_dir and not Path(str(cache)).is_dir():
+        print(f"note: {saes[0].path}: its --cache-dir {cache} is gone; the default is used")
+        cache = None
+    flags.cache_dir = None if flags.model == "toy" else cache and Path(cache)
     names = [str(sae.path) for sae in saes[:3]] + ["..."] * (len(saes) > 3)
     try:
         source = data.open_source(flags, args.torch_device)

@@ -528,6 +528,16 @@ def test_a_latent_that_is_not_there(lm_run, one_line):
     path = save(tmp / "few", torch.eye(32), torch.eye(32), flags=flags)
     one_line(lambda: evaluate.main([str(path), "--features", "32", "--contexts", "0"]), "0 to 31")
 
+def test_a_cache_that_is_gone_is_named(tmp_path, monkeypatch, capsys):
+    """A run records its --cache-dir. Where that is no longer there, the default is used, but not without a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "X.npy", np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float32))
+    for cache, gone in (("gone", True), (".", False)):
+        run = save(tmp_path / "run", torch.eye(8), torch.eye(8), flags=dict(
+            activations=str(tmp_path / "X.npy"), cache_dir=str(tmp_path / cache)))
+        assert evaluate_lm(run) == 0
+        assert (f"{tmp_path / cache} is gone; the default is used" in capsys.readouterr().out) == gone
+
 @pytest.mark.parametrize("tiny_lm", ["gpt2"], indirect=True)
 def test_runs_of_an_array_in_the_language_model(lm_run, tmp_path, capsys):
     """Two Matryoshka runs of --activations, with dropped rows and whole contexts: on their own data with the same rows

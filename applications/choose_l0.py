@@ -37,8 +37,8 @@ import topk_sae
 from evaluation import metrics, page
 from evaluation.intervals import lowest
 from evaluation.masked import basis, masked_fvu, seen
-from evaluation.saved import (DATA_FLAGS, SAE, data_flags, open_data, page_path, write_page,
-                              write_result)
+from evaluation.saved import (DATA_FLAGS, SAE, data_flags, fits, open_data, page_path,
+                              write_page, write_result)
 from evaluation.tables import print_table
 
 ROWS = 16384                            # held-out tokens, evenly spaced, that are measured
@@ -214,8 +214,7 @@ def measure(found, key, args):
         sae = SAE(path).to(source.device)
         if sae.d_in != source.d_in:
             runs.fail(f"{path}: takes D = {sae.d_in}, not {source.d_in}; name the data it is of")
-        known = [(sae.meta.get(n), source.meta.get(n)) for n in ("model_hash", "hook_name")]
-        if any(there != here for there, here in known if there and here):
+        if not fits(sae, source):
             runs.fail(f"{path}: trained on another model or layer; give the ones of its training")
         row, _ = metrics.reconstruction(sae, x, x.double().mean(0))
         row |= metrics.geometry(sae.t["W_dec"], sae.inputs(x[:4096]), source.scale)

@@ -211,8 +211,8 @@ class Run:
         others = self.live[self.live != i]
         other = np.random.default_rng((seed, i, 3)).choice(others) if len(others) else i
         made = sum(len(read.token) for read, _ in e.made)
-        ways = dict(active=active, passive=passive(e), frequent=frequent(e),
-                    reading=reading(self.lab, latent, seed, len(e.asked) + made),
+        read = reading(self.lab, latent, seed, len(e.asked) + made)
+        ways = dict(active=active, passive=passive(e), reading=read, frequent=frequent(e),
                     chance=passive(Evidence(self.lab, self.latent(int(other)), seed)))
         notes, mind.notes = mind.notes, []
         return dict(latent=i, rate=latent.rate, mean_of_ten=e.mean, read=len(e.asked), run=made,

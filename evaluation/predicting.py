@@ -12,19 +12,20 @@ import numpy as np
 from evaluation.evidence import Evidence, around
 from evaluation.programs import Literal, Program, to_json
 
-def first(e, ranked):
+def leading(e, ranked):
+    """The first program of a ranking that holds somewhere in the pool."""
     return Program((e.distinct(ranked, [], 1) or [(Literal("class", "word"),)])[0])
 
 def passive(e):
     """The program of the best r on the exemplars."""
-    return e.lang.fit(first(e, e.ranked(e.own)), e.lab.pool.read.take(e.own), e.latent.z[e.own],
+    return e.lang.fit(leading(e, e.ranked(e.own)), e.lab.pool.read.take(e.own), e.latent.z[e.own],
                       np.ones(len(e.own)))
 
 def reading(lab, latent, seed, n):
     """The program of the best score when n random tokens have been read, and nothing was tried."""
     e = Evidence(lab, latent, seed)
     e.ask(np.ones(len(latent.z), bool), n)
-    return e.lang.fit(first(e, e.ranked()), *e.natural())
+    return e.lang.fit(leading(e, e.ranked()), *e.natural())
 
 def frequent(e):
     """The token that is most often where the exemplars fire."""

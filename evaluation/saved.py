@@ -143,6 +143,11 @@ def open_data(key, saes, args):
     source.flags = flags
     return source
 
+def fits(sae, source):
+    """Does an SAE take the rows of a source? By D and, where both record them, model and layer."""
+    known = [(sae.meta.get(k), source.meta.get(k)) for k in ("model_hash", "hook_name")]
+    return sae.d_in == source.d_in and all(a == b for a, b in known if a and b)
+
 def open_language_run(path, args):
     """(sae, source, model, tokenizer, block) of one run on a language model that writes text: for
     applications/. Fails on a run on anything else."""
@@ -156,8 +161,7 @@ def open_language_run(path, args):
         runs.fail(f"{path}: a run on --model {flags['model']}, on games; othello/steer.py is for "
                   "these")
     source = open_data(key, [sae], args)
-    if sae.d_in != source.d_in or any(sae.meta.get(k) not in (None, source.meta[k])
-                                      for k in ("model_hash", "hook_name")):
+    if not fits(sae, source):
         runs.fail(f"{path}: trained on another model or layer than {flags['model']}, layer "
                   f"{flags['layer']}; give the --model and --layer that it was trained on")
     model, tokenizer, blocks = lm.load(lm.model_dir(flags["model"], source.flags.cache_dir),

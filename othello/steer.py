@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import runs
-from evaluation.saved import SAE, data_flags, open_data
+from evaluation.saved import SAE, data_flags, fits, open_data
 from evaluation.tables import print_table
 from othello import game
 from othello.boards import HeldOut, Probe, codes, measure
@@ -158,8 +158,7 @@ def load(path, args):
     if not lm.is_othello(name) or json.loads(key)["activations"]:
         runs.fail(f"{path}: a run on other data; steering needs one of --model othello")
     source = open_data(key, [sae], args)
-    if sae.d_in != source.d_in or sae.norm != "none" or any(
-            sae.meta.get(k, source.meta[k]) != source.meta[k] for k in ("model_hash", "hook_name")):
+    if not fits(sae, source) or sae.norm != "none":
         runs.fail(f"{path}: trained on another model or layer than {name}, layer {layer}, or takes "
                   "normalised inputs; name what it was trained on")
     if source.meta["context_size"] < PLACES[1]:

@@ -16,7 +16,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import trained
-from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
 K, EXPANSIONS, SEEDS, D, M = (4, 8, 16, 32, 64, 128), (2, 4, 8, 16, 32), (0, 1), 192, 4
@@ -28,13 +27,14 @@ SHOWN = {"containment at m = 4": lambda c: c["containment"][M - 1],
          "cosine one to one": lambda c: c["cosine"]}
 
 def train(args):
-    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in RUNS.items()}, args.part)
+    left = trained.left(args, RUNS, RESULTS / "cones.json")
+    trained.train(args.runs, {name: [*argv, "--log-every", "500"] for name, argv in left.items()}, args.part)
 
 def evaluate(args):
-    rows = trained.evaluate(args.runs, RUNS, "--cones", "--contexts", "0")
+    rows = trained.evaluate(args.runs, trained.left(args, RUNS, RESULTS / "cones.json"), "--cones", "--contexts", "0")
     rows = {name: {key: row[key] for key in ("fvu", "dead", "cones", "monosemanticity")}
             | dict(coverage=row["boards"]["coverage"]) for name, row in rows.items()}
-    (RESULTS / "cones.json").write_text(json.dumps(dict(machine=machine(), runs=rows), indent=1) + "\n")
+    trained.write(args, rows, RESULTS / "cones.json")
 
 def report(args):
     import matplotlib

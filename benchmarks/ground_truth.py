@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import compare, trained
 from evaluation.tables import number
-from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
 LAYERS = 6, 18
@@ -38,18 +37,18 @@ COLUMNS = {                                                       # name: value 
 
 def train(args):
     made = lambda name: args.runs.parent / "compare" / name.replace("6-", "ours-", 1) if name.startswith("6-") else None
-    trained.train(args.runs, RUNS, args.part, made)
+    trained.train(args.runs, trained.left(args, RUNS, RESULTS / "ground-truth.json"), args.part, made)
 
 def evaluate(args):
-    rows = {}
+    rows, left = {}, trained.left(args, RUNS, RESULTS / "ground-truth.json")
     for layer in LAYERS:
-        rows |= trained.evaluate(args.runs, [name for name in RUNS if name.startswith(f"{layer}-")], "--probes", "--cones",
+        rows |= trained.evaluate(args.runs, [name for name in left if name.startswith(f"{layer}-")], "--probes", "--cones",
                                  "--contexts", "0", *compare.DATA.replace("--layer 6", f"--layer {layer}").split())
     for row in rows.values():
         row["first_letter"] = {k: v for k, v in row["first_letter"].items() if k != "latents"}
         row["probing"] = {k: v for k, v in row["probing"].items() if k not in ("latents", "classes")}
     kept = {name: {k: row[k] for k in ("l0", "fvu", "dead", "first_letter", "probing", "cones")} for name, row in rows.items()}
-    (RESULTS / "ground-truth.json").write_text(json.dumps(dict(machine=machine(), runs=kept)) + "\n")
+    trained.write(args, kept, RESULTS / "ground-truth.json")
 
 def cell(values, form):
     """Mean, and the standard error of several; of those that are there."""

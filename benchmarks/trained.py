@@ -2,6 +2,8 @@
 import argparse, json, os, shutil, subprocess, sys
 from pathlib import Path
 
+from speed import machine
+
 ROOT = Path(__file__).parents[1]
 
 def train(folder, commands, part="0/1", made=lambda name: None):
@@ -28,9 +30,27 @@ def train(folder, commands, part="0/1", made=lambda name: None):
 def evaluate(folder, names, *flags):
     """{name: its evaluation.json} of evaluate.py with these flags on the finished runs among names."""
     names = [name for name in names if (folder / name / "cfg.json").exists()]
+    if not names:
+        return {}
     subprocess.run([sys.executable, ROOT / "evaluate.py", *names, *flags], cwd=folder, check=True,
                    env={**os.environ, "TQDM_DISABLE": "1"})
     return {name: json.loads((folder / name / "evaluation.json").read_text()) for name in names}
+
+def before(args, path):
+    """What --keep keeps: the results at path, {machine: text, runs: {name: row}}."""
+    return json.loads(path.read_text()) if args.keep and path.exists() else dict(machine="", runs={})
+
+def left(args, runs, path):
+    """The part of {name: ...} that is to be made; with --keep what the results at path lack, else all."""
+    return {name: run for name, run in runs.items() if name not in before(args, path)["runs"]}
+
+def write(args, rows, path):
+    """Write {name: row} as results to path, with --keep beside those that it has; and the machines that made them."""
+    old = before(args, path)
+    machines = [m for m in (*old["machine"].split("; "), machine() if rows else "") if m]
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(dict(machine="; ".join(dict.fromkeys(machines)), runs=old["runs"] | rows)) + "\n")
+    draft.replace(path)
 
 def publish(path, lines, fig):
     """Write the lines of a table to path.md, its picture to path.png; print the lines."""
@@ -44,6 +64,7 @@ def main(doc, name, **steps):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(steps))
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="folder of the run directories")
+    parser.add_argument("--keep", action="store_true", help="do not make again what benchmarks/results has")
     parser.add_argument("--part", default="0/1", help="train every second run, from the first: 0/2; the others: 1/2")
     args = parser.parse_args()
     args.runs = args.runs.absolute()

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import trained
 from evaluation.tables import number
-from speed import machine
 
 RESULTS = ROOT / "benchmarks/results"
 K, SEEDS = (4, 8, 16, 32, 64, 128, 256), (0, 1, 2)
@@ -33,14 +32,14 @@ COLUMNS = {                                          # name: value of a row, for
     "absorption, untrained": (lambda r: r["first_letter"]["controls"]["untrained"]["absorption"], ".3f", None)}
 
 def train(args):
-    trained.train(args.runs, RUNS, args.part)
+    trained.train(args.runs, trained.left(args, RUNS, RESULTS / "which-l0.json"), args.part)
 
 def evaluate(args):
-    rows = trained.evaluate(args.runs, RUNS, "--probes", "--contexts", "0")
+    rows = trained.evaluate(args.runs, trained.left(args, RUNS, RESULTS / "which-l0.json"), "--probes", "--contexts", "0")
     kept = {name: {key: row[key] for key in ("l0", "fvu", "c_dec", "s_n", "dead")} | {
         kind: {k: v for k, v in row[kind].items() if k not in ("letters", "latents", "classes")}
         for kind in ("first_letter", "probing")} for name, row in rows.items()}
-    (RESULTS / "which-l0.json").write_text(json.dumps(dict(machine=machine(), runs=kept), indent=1) + "\n")
+    trained.write(args, kept, RESULTS / "which-l0.json")
 
 def report(args):
     import matplotlib

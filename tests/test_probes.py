@@ -1,4 +1,5 @@
 """evaluate.py --probes: planted truths and controls, the definitions worked by hand, the command, and bad input."""
+import argparse
 import importlib
 import itertools
 import json
@@ -568,6 +569,19 @@ def test_the_tables_of_ground_truth(monkeypatch, tmp_path, capsys):
     assert cells(tables[0], "topk")[3:5] == ["32.0 \u00b1 0.0", "0.132 \u00b1 0.000"]
     assert cells(tables[1], "vanilla")[4] == "\u2013"
     assert tables[0].splitlines()[2].startswith("| | L0 | FVU | L0 on words | absorption |")
+
+def test_results_of_runs_are_kept(tmp_path, monkeypatch):
+    """--keep makes what the results lack, and writes it beside what they have; without it all is made and written anew."""
+    trained = importlib.import_module("benchmarks.ground_truth").trained
+    path, keep, anew = tmp_path / "found.json", argparse.Namespace(keep=True), argparse.Namespace(keep=False)
+    for machine, args, rows in (("one", anew, dict(a=1)), ("two", keep, dict(b=2)), ("two", keep, {})):
+        monkeypatch.setattr(trained, "machine", lambda: machine)
+        trained.write(args, rows, path)
+    assert json.loads(path.read_text()) == dict(machine="one; two", runs=dict(a=1, b=2))
+    assert [*trained.left(keep, dict(a=0, b=0, c=0), path)] == ["c"] and len(trained.left(anew, dict(a=0, b=0), path)) == 2
+    assert trained.evaluate(tmp_path, ["not there"]) == {}
+    trained.write(anew, dict(c=3), path)
+    assert json.loads(path.read_text()) == dict(machine="two", runs=dict(c=3))
 
 def test_which_l0_without_a_run(monkeypatch, tmp_path, capsys):
     """One run and one number are missing: the others keep their seeds; a lowest value at the first or last k says so."""

@@ -124,6 +124,7 @@ def ties():
                seeds=(0, 1, 2))
     yield Task("smollm2, GBA, 8M tokens", smollm2("gba", "--untied --high 0.052", 8_000_000), {"untied": []}, seeds=(0,))
     yield Task("smollm2, TopK, 8M tokens", smollm2("topk", "", 8_000_000), {"untied": []}, seeds=(0,))
+    yield Task("smollm2, TopK, 8M tokens, k 50", smollm2("topk", "--k 50", 8_000_000), {"untied": []}, seeds=(0,))
     for l0, seeds in ((32, (0, 1, 2)), (16, (0,)), (64, (0,))):
         for where, data in (("smollm2", smollm2), ("othello", othello)):
             yield Task(f"{where}, GBA, L0 {l0}", data("gba", f"--high {GBA_HIGH[where][l0]}"), GBA_TIES,

@@ -268,7 +268,8 @@ def run(args):
 def report(args):
     done = finished()
     get = lambda point, task, alternative, option, seed: done.get((point, task.name, alternative, option, seed))
-    lines = [f"Made by benchmarks/decisions.py; {machine()}; its docstring says what each column is.", ""]
+    machines = dict.fromkeys(json.loads(line)["machine"].split(", commit")[0] for line in (RESULTS / "decisions.jsonl").open())
+    lines = [f"{'; '.join(machines)}. Made by benchmarks/decisions.py; its docstring says what each column is.", ""]
     for point in args.points:
         lines += [f"**{point}**", "", "| task | alternative | option | seeds | MCC | FVU | L0 | dead |",
                   "|---|---|---|---|--:|--:|--:|--:|"]

@@ -114,6 +114,11 @@ def digits(words):
     """'n of m' after these words, by pixels and by class, in the table of benchmarks/monosemanticity.py."""
     return re.findall(rf"{words} in (\d+ of \d+)", (ROOT / "benchmarks/results/monosemanticity.md").read_text())
 
+def hedges(method, key="h"):
+    """Hedging degrees of a method by benchmarks/hedging.py: of 2 D latents, of 8 D latents; with 'moved' their control."""
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/hedging.jsonl").open()]
+    return [Numbers(row[key] for row in rows if row["name"][:2] == [method, width]) for width in (2, 8)]
+
 OTHELLO = "othello, " + by("othello", "othello.md")
 KARVONEN = "gated-p-annealed", "gated", "topk", "p-annealed", "vanilla"             # the methods of that paper, and TopK
 
@@ -165,6 +170,7 @@ def extra():
     neurons_4 = fourth["baselines"]["768 neurons of block 3"]["coverage"]
     by_layer = [ways for name, (ways, _) in othello("steering").items() if name.startswith(("layer", "topk"))]
     steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
+    hedge = {name: (hedges(name), hedges(name, "moved")) for name in ("topk", "batchtopk", "matryoshka")}
     by_coverage, coverages = ranked("coverage")
     by_boards, reconstructions = ranked("reconstruction")
     neuron, random_codes, wider, sparser = map(digits, ("above neurons", "above random dictionaries", "scores higher",
@@ -233,6 +239,11 @@ def extra():
         row("pach", "sparser SAEs are more monosemantic", "k = 1 highest, k = 20 lower (secondary)",
             f"by pixels and by class the next sparser one has a higher mean in {sparser[0]} and {sparser[1]} pairs, k = 2 to 16; "
             "random dictionaries, too, score higher when sparser", DIGITS, "reproduced", holds=min(share(sparser)) > 0.9),
+        row("hedging", "the narrower an SAE, the more it hedges, on a language model", "no figures read",
+            "h at 2 D and 8 D latents, and moved by training alone: " + "; ".join(
+                f"{name} {h[0]:.3f} ({moved[0]:.3f}), {h[1]:.3f} ({moved[1]:.3f})" for name, (h, moved) in hedge.items()),
+            "smollm2, " + by("hedging", "hedging.md"), "partly",
+            holds=all(min(h[0]) > max(h[1]) and max(h[1]) < min(moved[1]) for h, moved in hedge.values())),
         row("gba", "GBA's error is level with TopK's and below that of L1", "a figure, read by eye, Qwen2.5-1.5B",
             f"above both: FVU {gba:.2f} times that of TopK, {gba_l1:.2f} times that of L1 at the same L0", COMPARED, "not",
             holds=min(gba) > 1.05 and min(gba_l1) > 1.05),

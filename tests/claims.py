@@ -238,7 +238,7 @@ def extra():
             "but of the widest most latents fire on no held-out image, so the width is hardly used", DIGITS, "partly", holds=0.5 < min(share(wider)) and max(share(wider)) < 0.9),
         row("pach", "sparser SAEs are more monosemantic", "k = 1 highest, k = 20 lower (secondary)",
             f"by pixels and by class the next sparser one has a higher mean in {sparser[0]} and {sparser[1]} pairs, k = 2 to 16; "
-            "random dictionaries, too, score higher when sparser", DIGITS, "reproduced", holds=min(share(sparser)) > 0.9),
+            "random dictionaries, too, score higher when sparser", DIGITS, "partly", holds=max(share(sparser)) > 0.9 > min(share(sparser)) > 0.6),
         row("hedging", "the narrower an SAE, the more it hedges, on a language model", "no figures read",
             "h at 2 D and 8 D latents, and moved by training alone: " + "; ".join(
                 f"{name} {h[0]:.3f} ({moved[0]:.3f}), {h[1]:.3f} ({moved[1]:.3f})" for name, (h, moved) in hedge.items()),

@@ -92,7 +92,9 @@ class Browser(webdriver.Chrome):
     def all(self, selector):
         return self.find_elements(By.CSS_SELECTOR, selector)
     def shown(self, selector, what="e"):                     # in one question: a thousand take seconds
+        """Without content-visibility, which may leave out text until the frame after it was put there."""
         return self.execute_script(
+            "document.querySelectorAll('details').forEach(e => e.style.contentVisibility = 'visible');"
             "return [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length && e.checkVisibility("
             f"{{opacityProperty: true, visibilityProperty: true}})).map(e => {what})", selector)
     def texts(self, selector):

@@ -75,4 +75,4 @@ def report(args):
     trained.publish(RESULTS / "cones", lines, fig)
 
 if __name__ == "__main__":
-    trained.main(__doc__, "cones", train=train, evaluate=evaluate, report=report)
+    trained.main(__doc__, "cones", keeps=True, train=train, evaluate=evaluate, report=report)

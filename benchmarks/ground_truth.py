@@ -98,4 +98,4 @@ def report(args):
     print("\n".join(lines))
 
 if __name__ == "__main__":
-    trained.main(__doc__, "ground-truth", train=train, evaluate=evaluate, report=report)
+    trained.main(__doc__, "ground-truth", keeps=True, train=train, evaluate=evaluate, report=report)

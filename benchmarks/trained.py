@@ -42,7 +42,8 @@ def before(args, path):
 
 def left(args, runs, path):
     """The part of {name: ...} that is to be made; with --keep what the results at path lack, else all."""
-    return {name: run for name, run in runs.items() if name not in before(args, path)["runs"]}
+    made = before(args, path)["runs"]
+    return {name: run for name, run in runs.items() if name not in made}
 
 def write(args, rows, path):
     """Write {name: row} as results to path, with --keep beside those that it has; and the machines that made them."""
@@ -59,12 +60,13 @@ def publish(path, lines, fig):
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-def main(doc, name, **steps):
-    """The command line of such a benchmark: a step by its name, {name: function(flags)}."""
+def main(doc, name, keeps=False, **steps):
+    """The command line of such a benchmark: a step by its name, {name: function(flags)}. keeps: it has --keep."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(steps))
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="folder of the run directories")
-    parser.add_argument("--keep", action="store_true", help="do not make again what benchmarks/results has")
+    if keeps:
+        parser.add_argument("--keep", action="store_true", help="do not make again what benchmarks/results has")
     parser.add_argument("--part", default="0/1", help="train every second run, from the first: 0/2; the others: 1/2")
     args = parser.parse_args()
     args.runs = args.runs.absolute()

@@ -78,4 +78,4 @@ def report(args):
     trained.publish(RESULTS / "which-l0", lines, fig)
 
 if __name__ == "__main__":
-    trained.main(__doc__, "which-l0", train=train, evaluate=evaluate, report=report)
+    trained.main(__doc__, "which-l0", keeps=True, train=train, evaluate=evaluate, report=report)

@@ -129,6 +129,7 @@ def test_groups_sort_features_by_frequency(seed, claim):
           "its reason for groups, no figure", "toy with two frequencies, of the features with their best latent in "
           "the first of four groups: {frequent:.2f} of the frequent, {rare:.2f} of the rare; equal targets "
           "{frequent_equal:.2f}, {rare_equal:.2f}", "reproduced",
+          tol=dict(frequent_equal=0.15, rare_equal=0.15),   # three standard deviations of a share of 64
           frequent=shares[0][0], rare=shares[0][1], frequent_equal=shares[1][0], rare_equal=shares[1][1])
 
 @pytest.mark.parametrize("seed", SEEDS)

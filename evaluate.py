@@ -53,7 +53,8 @@ def parse_args(argv=None):
         "evaluation/first_letter.py and probing.py; minutes for the first run, 1 for each further, "
         "2 at another L0; kept in its probes.json")
     add("--labels", type=Path, help="with --probes or --cones: lines {\"text\": ..., \"labels\": "
-        "{\"task\": [[start, end, \"class\"], ...]}}, in characters, in the place of Python")
+        "{\"task\": [[start, end, \"class\"], ...]}}, in characters, in the place of Python; of "
+        "each text the whole contexts count")
     add("--html", type=page_path, help="write the page there")
     add("--html-features", type=runs.at_least(0), default=60,
         help="latents of each run on the page, evenly spaced by firing rate; default 60")

@@ -60,8 +60,10 @@ def at_32(methods, seeds):
             for name in methods for seed in seeds}
 
 def finished(folder, name):
-    """Where this benchmark, beside the folder of another, has the run that at_32 calls so."""
-    return folder.parent / "compare" / ("ours-" + name.replace("-s", "-32-s"))
+    """Where a benchmark beside this folder has the run that at_32 calls so, finished; None if nowhere."""
+    at = name.replace("-s", "-32-s")
+    same = f"compare/ours-{at}", f"ground-truth/6-{at}", *(f"{other}/{name}" for other in ("steering", "explaining", "reward"))
+    return next((path for path in map(folder.parent.joinpath, same) if (path / "cfg.json").exists()), None)
 
 K_VARIANTS = "topk", "batchtopk", "matryoshka"
 L1 = {("sae-lens", "vanilla"): 1.0, ("dictionary-learning", "vanilla"): 1.8,

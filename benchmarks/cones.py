@@ -65,10 +65,12 @@ def report(args):
                 ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white", bbox=dict(
                     facecolor="black", alpha=0.35, linewidth=0, pad=1))
         best, k, e = max((v, k, e) for k, row in zip(K, mean) for e, v in zip(EXPANSIONS, row) if v == v)
-        edge = lambda k, e: k in (K[0], K[-1]) or e in (EXPANSIONS[0], EXPANSIONS[-1])
+        tried = [(k, e) for k in K for e in EXPANSIONS if values(k, e, f)]
+        ends = [{end(side) for end in (min, max)} for side in zip(*tried)]
+        edge = lambda k, e: k in ends[0] or e in ends[1]
         outside = [v for k in K for e in EXPANSIONS if edge(k, e) for v in values(k, e, f)]
         where = "on the edge of the range tried" if edge(k, e) else "inside the range tried" if min(values(k, e, f)) > max(
-            outside, default=float("-inf")) else "inside the range tried, but not told from its edge"
+            outside) else "inside the range tried, but not told from its edge"
         lines += ["", f"**{title[0].upper() + title[1:]}**: highest, {best:.3f}, at k = {k}, F = {e} D, {where}", "",
                   "| | " + " | ".join(f"F = {e} D" for e in EXPANSIONS) + " |", "|---|" + "--:|" * len(EXPANSIONS)]
         lines += [f"| k = {k} | " + " | ".join(cell(k, e, f) if values(k, e, f) else "" for e in EXPANSIONS) + " |" for k in K]

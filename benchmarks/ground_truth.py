@@ -31,6 +31,8 @@ contained = lambda kind, of=lambda c: c: lambda r: of(r["cones"][kind])["contain
 COLUMNS = {                                                       # name: value of a row, format
     "L0": (lambda r: r["l0"], ".1f"), "FVU": (lambda r: r["fvu"], ".4f"),
     "L0 on words": (letters("l0"), ".1f"), "absorption": (letters("absorption"), ".3f"), "full": (letters("full"), ".3f"),
+    "as in SAEBench": (letters("absorption_raw"), ".3f"), "full, as in SAEBench": (letters("full_raw"), ".3f"),
+    "by attribution": (letters("attribution"), ".3f"),
     "F1 of the first latent": (letters("f1_first"), ".3f"),
     "probing, k = 1": (probed("1"), ".3f"), "k = 5": (probed("5"), ".3f"), "all": (probed("all"), ".3f"),
     "letters in 4 latents": (contained("first letters"), ".3f"), "roles in 4 latents": (contained("roles of tokens"), ".3f")}
@@ -60,8 +62,9 @@ def beside(first):
     """The rows of controls, of the first run: {name: {column: value}}. Coordinates: of a, less its mean for letters, which
     makes no difference to probing."""
     l, p, c = first["first_letter"], first["probing"]["beside"], first["cones"]
-    names = {"L0 on words": "l0", "absorption": "absorption", "full": "full", "F1 of the first latent": "f1_first"}
-    out = {column: {shown: l["controls"][name][key] for shown, key in names.items()} for name, column in (
+    names = {"L0 on words": "l0", "absorption": "absorption", "full": "full", "F1 of the first latent": "f1_first",
+             "as in SAEBench": "absorption_raw", "full, as in SAEBench": "full_raw", "by attribution": "attribution"}
+    out = {column: {shown: l["controls"][name].get(key) for shown, key in names.items()} for name, column in (
         ("untrained", "untrained"), ("coordinates", "coordinates"), ("shuffled", "letters shuffled"))}
     if abs(out["letters shuffled"]["L0 on words"] / l["l0"] - 1) > 0.2:
         del out["letters shuffled"]                            # of a run with another L0
@@ -69,8 +72,9 @@ def beside(first):
         row = out.setdefault(column, {})
         row.update({"probing, k = 1" if k == "1" else "k = 5" if k == "5" else "all": p[name][k]["accuracy"]
                     for k in ("1", "5", "all") if k in p[name]})
-    for name in ("random", "activations", "shuffled"):
-        row = out.setdefault(dict(random="untrained", shuffled="references permuted").get(name, name), {})
+    for name, column in (("random", "untrained"), ("activations", "rows are activations"),
+                         ("shuffled", "references permuted"), ("negated", "references negated")):
+        row = out.setdefault(column, {})
         row.update({f"{short} in 4 latents": c[kind]["controls"][name]["containment"][3]
                     for short, kind in (("letters", "first letters"), ("roles", "roles of tokens"))})
     return out

@@ -65,6 +65,8 @@ def measured(e, ways, control):
 
 def evaluate(args):
     names = [name for name in RUNS if (args.runs / name / "cfg.json").exists()]
+    if not names:
+        raise SystemExit(f"{args.runs}: no finished runs; train first")
     path, opened, codes = args.runs / "steering.jsonl", None, {}
     done = {(line["concept"], line["run"]): line for line in map(json.loads, path.open())} if path.exists() else {}
     for concept in CONCEPTS:
@@ -81,7 +83,7 @@ def evaluate(args):
             else:
                 sae = SAE(args.runs / name).to(e.device)
                 ranked = concepts.Ranked(sae, e.train, e.heldout, codes.get(name))
-                codes[name] = ranked.codes
+                codes[name] = ranked.codes, ranked.unseen
                 i, = ranked.best(1)
                 random = ranked.random(i, [i], len(e.prompts), flags.seed)
                 row = dict(scores=ranked.scores(i), ways=measured(e, {
@@ -150,7 +152,8 @@ def report(args):
         cells += [f"{mean(r['ways'][way]['effect']):+.3f}" for way in OWN]
         lines.append(f"| {c} | {r['share']:.1%} | {r['rate']:.3f} | " + " | ".join(cells) + " |")
     if {"topk", "ordered"} <= rows.keys():
-        shares = [[mean(w.values()) for w in which[name]] for name in ("topk", "ordered")]
+        shares = [[mean(steers(found["runs"][f"{name}-s{s}"]).values()) for s in SEEDS if all(
+            f"{other}-s{s}" in found["runs"] for other in ("topk", "ordered"))] for name in ("topk", "ordered")]
         lines += ["", f"The claim of Haque et al., by the rule of the docstring: {verdict(*shares)}."]
     fig, axes = plt.subplots(1, len(rows), figsize=(3 * len(rows), 3.2), sharey=True, squeeze=False)
     for ax, (name, group) in zip(axes[0], rows.items()):

@@ -17,7 +17,10 @@ def train(folder, commands, part="0/1", made=lambda name: None):
         if not (folder / name / "cfg.json").exists():
             shutil.rmtree(folder / name, ignore_errors=True)
             if (before := made(name)) and (before / "cfg.json").exists():
-                shutil.copytree(before, folder / name, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
+                draft = folder / f"{name}.tmp"
+                shutil.rmtree(draft, ignore_errors=True)
+                shutil.copytree(before, draft, ignore=shutil.ignore_patterns("state*", "evaluation.json", "probes.json"))
+                draft.rename(folder / name)
                 continue
             with open(folder / f"{name}.log", "w") as log:
                 code = subprocess.run([sys.executable, *argv, "--out", str((folder / name).absolute())], cwd=ROOT, stdout=log,
@@ -28,13 +31,18 @@ def train(folder, commands, part="0/1", made=lambda name: None):
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 def evaluate(folder, names, *flags):
-    """{name: its evaluation.json} of evaluate.py with these flags on the finished runs among names."""
+    """{name: its evaluation.json} of evaluate.py with these flags on the finished runs among names; those that it could not
+    measure are named and left out."""
     names = [name for name in names if (folder / name / "cfg.json").exists()]
     if not names:
         return {}
-    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, *flags], cwd=folder, check=True,
-                   env={**os.environ, "TQDM_DISABLE": "1"})
-    return {name: json.loads((folder / name / "evaluation.json").read_text()) for name in names}
+    found = {name: folder / name / "evaluation.json" for name in names}
+    for path in found.values():
+        path.unlink(missing_ok=True)
+    subprocess.run([sys.executable, ROOT / "evaluate.py", *names, *flags], cwd=folder, env={**os.environ, "TQDM_DISABLE": "1"})
+    if missing := [name for name, path in found.items() if not path.exists()]:
+        print(f"not measured: {', '.join(missing)}", flush=True)
+    return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
 
 def before(args, path):
     """What --keep keeps: the results at path, {machine: text, runs: {name: row}}."""
@@ -47,8 +55,11 @@ def left(args, runs, path):
 
 def write(args, rows, path):
     """Write {name: row} as results to path, with --keep beside those that it has; and the machines that made them."""
+    if not rows:
+        print(f"nothing new was measured; {path.name} is left as it was")
+        return
     old = before(args, path)
-    machines = [m for m in (*old["machine"].split("; "), machine() if rows else "") if m]
+    machines = [m for m in (*old["machine"].split("; "), machine()) if m]
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(dict(machine="; ".join(dict.fromkeys(machines)), runs=old["runs"] | rows)) + "\n")
     draft.replace(path)

@@ -29,6 +29,7 @@ COLUMNS = {                                          # name: value of a row, for
     "letters, F1 of the first latent": (lambda r: r["first_letter"]["f1_first"], ".3f", max),
     "absorption": (lambda r: r["first_letter"]["absorption"], ".3f", None),
     "full": (lambda r: r["first_letter"]["full"], ".3f", None),
+    "as in SAEBench": (lambda r: r["first_letter"]["absorption_raw"], ".3f", None),
     "absorption, untrained": (lambda r: r["first_letter"]["controls"]["untrained"]["absorption"], ".3f", None)}
 
 def train(args):
@@ -52,7 +53,8 @@ def report(args):
              "smallest). Made by benchmarks/which_l0.py.", "", "| k | " + " | ".join(COLUMNS) + " |", "|--:|" + "--:|" * len(COLUMNS)]
     def cell(by, form):
         by = [v for v in by.values() if v is not None]
-        return f"{number(sum(by) / len(by), form)} ({number(max(by) - min(by), form)})" if by else number(None)
+        spread = f" ({number(max(by) - min(by), form)})" if len(by) > 1 else ""
+        return number(sum(by) / len(by), form) + spread if by else number(None)
     for k in next(iter(values.values())):
         lines.append(f"| {k} | " + " | ".join(cell(values[name][k], form) for name, (_, form, _) in COLUMNS.items()) + " |")
     ends = []
@@ -65,7 +67,8 @@ def report(args):
                     best = end(by, key=by.get)
                     at.append(f"{best}{' (at the edge)' if best in (min(by), max(by)) else ''}")
             ends.append(f"{name}: {'lowest' if end is min else 'highest'} at k = {', '.join(at)}")
-    lines += ["", "By seed: " + "; ".join(ends) + "."]
+    seeds = [str(s) for s in SEEDS if any(name.endswith(f"-s{s}") for name in found["runs"])]
+    lines += ["", f"By seed, {', '.join(seeds)}: " + "; ".join(ends) + "."]
     fig, axes = plt.subplots(2, 4, figsize=(15, 6.5))
     for ax, name in zip(axes.flat, [n for n, (*_, end) in COLUMNS.items() if end] + ["absorption"]):
         for i, s in enumerate(SEEDS):

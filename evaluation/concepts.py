@@ -240,10 +240,15 @@ class Codes:
         correlation = cov / (var * share * (1 - share)).clamp(min=1e-30).sqrt()
         return f1, auc, torch.where(self.count > 0, correlation, 0)
 
+    def of(self, latent):
+        """The tokens on which one latent fires, and its codes there, the largest first."""
+        own = slice(int(self.before[latent]), int(self.before[latent] + self.count[latent]))
+        return self.row[own], self.value[own]
+
     def threshold(self, latent, y):
         """The t of the best F1 of one latent: 'z > t'."""
-        own = slice(int(self.before[latent]), int(self.before[latent] + self.count[latent]))
-        hit, value = y.to(self.row.device)[self.row[own]].double().cumsum(0), self.value[own]
+        row, value = self.of(latent)
+        hit = y.to(row.device)[row].double().cumsum(0)
         f1 = 2 * hit / (torch.arange(len(hit), device=hit.device) + 1 + y.sum().item())
         f1[:-1][value[:-1] == value[1:]] = 0
         at = int(f1.argmax())
@@ -251,10 +256,10 @@ class Codes:
 
 class Ranked:
     """The latents of a saved SAE as detectors of a concept, on tokens as prepare() gives them.
-    codes: those of `train`, where they are known already."""
+    codes: those of `train` and of `heldout`, where they are known already."""
     def __init__(self, sae, train, heldout, codes=None):
         self.sae, self.y, self.heldout = sae, train.y, heldout
-        self.codes = codes or Codes(sae.encode, train.x)
+        self.codes, self.unseen = codes or [Codes(sae.encode, part.x) for part in (train, heldout)]
         self.f1, self.auc, self.correlation = self.codes.scores(train.y)
 
     def best(self, n):
@@ -263,14 +268,13 @@ class Ranked:
     def scores(self, i):
         """dict of how well latent i tells the concept; F1 on held-out tokens at the threshold that
         is best in training."""
-        one = Codes(lambda x: self.sae.encode(x)[:, [i]], self.heldout.x)
-        z = torch.zeros(one.N, device=one.row.device).double().index_add_(0, one.row, one.value)
-        said = z > self.codes.threshold(i, self.y)
-        f1 = probes.scores(said.cpu(), self.heldout.y.cpu())[2].item()
-        _, auc, correlation = one.scores(self.heldout.y)
+        (row, value), said = self.unseen.of(i), torch.zeros(self.unseen.N, dtype=torch.bool)
+        said[row[value > self.codes.threshold(i, self.y)].cpu()] = True
+        f1 = probes.scores(said, self.heldout.y.cpu())[2].item()
+        _, auc, correlation = self.unseen.scores(self.heldout.y)
         return dict(latent=i, rate=self.codes.rate[i].item(), peak=self.codes.peak[i].item(),
-                    f1_train=self.f1[i].item(), f1=f1, auc=auc.item(),
-                    correlation=correlation.item())
+                    f1_train=self.f1[i].item(), f1=f1, auc=auc[i].item(),
+                    correlation=correlation[i].item())
 
     def row(self, i):
         """What alpha = 1 adds, [D]."""

@@ -17,6 +17,7 @@ m latents of many fit by chance, so beside it stand, as means over DRAWS:
     random       as many random directions: also the decoder of an untrained SAE, which starts so
     activations  as many held-out x - mean, of rows at random: a dictionary that was copied
     shuffled     the references with their coordinates permuted, all alike: angles among them stay
+    negated      the references turned round: what a latent and its opposite would contain as well
 Latents that are silent on the held-out rows are left out, here and in the count of the controls.
 """
 import torch
@@ -63,19 +64,22 @@ def measure(R, W):
     """The numbers of the module's docstring for references R [n, D] and rows W [F, D]; those with a
     budget are lists, for 1 ... BUDGET."""
     c = containment(R, W)
+    se = c.std(1) / len(R) ** 0.5 if len(R) > 1 else c.new_full((len(c),), float("nan"))
     i, j, cosine = metrics.match(R, W)
-    return dict(containment=c.mean(1).tolist(), se=(c.std(1) / len(R) ** 0.5).tolist(),
+    return dict(containment=c.mean(1).tolist(), se=se.tolist(),
                 coverage={str(t): (c >= t).double().mean(1).tolist() for t in THRESHOLDS},
                 cosine=cosine[i, j].mean().item())
 
 def controls(R, W, x, mean):
-    """The same of random rows, of activations x [M, D] as rows, and of shuffled references."""
+    """The same of random rows, of activations x [M, D] as rows, and of shuffled and of negated
+    references."""
     g = torch.Generator().manual_seed(0)
     draws = [dict(random=measure(R, torch.randn(W.shape, generator=g).to(W)),
                   activations=measure(R, x[torch.randint(len(x), W.shape[:1], generator=g)] - mean),
                   shuffled=measure(R[:, torch.randperm(R.shape[1], generator=g)], W))
              for _ in range(DRAWS)]
-    return {name: average([d[name] for d in draws]) for name in draws[0]}
+    found = {name: average([d[name] for d in draws]) for name in draws[0]}
+    return found | dict(negated=measure(-R, W))
 
 def average(values):
     """The mean of numbers, or of lists or dicts of them, one by one."""

@@ -13,24 +13,28 @@ Probe     p_l [D] of each letter, on the activations: binary cross-entropy, clas
 Latents   those of the k largest weights, signed, of a probe with an L1 penalty on the codes z [F].
           On them a logistic regression for k = 1, 2, ...; as long as its F1 grows by 0.03, the
           letter's main latents are these k
-Score     on words of letter l to which p_l says yes, with A = a . p_l, proj_i = z_i (d_i . p_l),
-          cosines of d_i and p_l, M the sum of proj of the main latents, B that of the three
-          largest others with cosine >= 0.1; a as the SAE's own normalisation, if any, has it:
+Score     on words of letter l to which p_l says yes, with A = (a - b_dec) . p_l,
+          proj_i = z_i (d_i . p_l), cosines of d_i and p_l, M the sum of proj of the main latents, B
+          that of the three largest others with cosine >= 0.1; a as the SAE's own normalisation, if
+          any, has it:
             absorption  0 if M >= A, B < 0.4 A or A <= 0; 1 if M <= 0; else b / (b + M) with
                         b = min(B, A - M)
             full        1 if no main latent fires and the largest of all proj is >= 0.4 A > 0,
                         with cosine >= 0.025
           means over the words of a letter, then over letters; _se as if letters were independent.
           The paper's own definition, by what the model answers: evaluation/attribution.py
-Controls  a random dictionary about as sparse (untrained); the D coordinates of a less its mean; the
-          first SAE with letters shuffled among the words. Averages of all are over the same letters
-Ours      the hook (SAEBench: always after the block), one set of examples for all words, three
-          parts of the words: fitted, latents chosen, scored (SAEBench scores those it chose on, and
-          may fit on 'dog' and score ' Dog'), and proj, right for rows of any norm. SAEBench refuses
-          fewer than 20 letters. Scores near 0 may also mean that nothing was learned: see the F1 of
-          the first latent, the one with the largest weight. l0 is that on the words.
+Controls  a random dictionary about as sparse (untrained); the D coordinates of a less its mean; one
+          SAE with letters shuffled among the words. Averages of all are over the same letters
+Ours      A: SAEBench takes that of all of a (here _raw), also of the part along b_dec, which no
+          latent can carry; by it a random dictionary absorbs, too. The hook (SAEBench: after the
+          block). One set of examples for all words. Three parts of the words: fitted, latents
+          chosen, scored (SAEBench scores those it chose on, and may fit on 'dog' and score ' Dog').
+          proj, right for rows of any norm. SAEBench refuses fewer than 20 letters. Scores near 0
+          may also mean that nothing was learned: see the F1 of the first latent, that with the
+          largest weight. l0 is that on the words.
 """
 import copy, re
+from functools import partial
 from itertools import pairwise
 from string import ascii_lowercase as LETTERS
 from types import SimpleNamespace
@@ -161,21 +165,23 @@ def prepare(model, tokenizer, block):
     return words
 
 def main_latents(Z, words):
-    """Of each letter its main latents, the F1 of the first alone and of all, on the words of the
-    part `choose`, and whether the regression says no where all are silent; Z: codes [W, F]."""
+    """Of each letter its main latents, the F1 of the first alone and of all, and whether the
+    regression says no where all are silent; Z: codes [W, F]. How many latents: by their F1 on the
+    words of the part `choose`; the F1 that is told is on those of `score`."""
     w, _ = linear_probe(Z.index_select(0, words.fit), words.Y[words.fit], 4096, 1e-6, l1=0.01)
     top = w.topk(min(MOST, w.shape[1])).indices                              # (26, 10)
     found = []
     for columns, y in zip(top, words.Y.T):
-        X, f1 = Z.index_select(1, columns).to_dense().double(), []           # (W, 10)
+        X, best, f1 = Z.index_select(1, columns).to_dense().double(), -1, []  # (W, 10)
         for k in range(1, len(columns) + 1):
             v, b = probes.logistic(X[words.fit, :k], y[words.fit], balanced=True)
-            said = X[words.choose, :k] @ v + b > 0
-            new = probes.scores(said, y[words.choose] > 0)[2].item()
-            if f1 and new <= f1[-1] + JUMP:
+            yes = X[:, :k] @ v + b > 0
+            new, scored = (probes.scores(yes[rows], y[rows] > 0)[2].item()
+                           for rows in (words.choose, words.score))
+            if f1 and new <= best + JUMP:
                 break
-            f1.append(new)
-            says_no = b.item() <= 0
+            best, says_no = new, b.item() <= 0
+            f1.append(scored)
         found.append((columns[:len(f1)], f1[0], f1[-1], says_no))
     return zip(*found)
 
@@ -183,7 +189,7 @@ def main_latents(Z, words):
 
 def absorption(z, a, p, W_dec, main):
     """Absorption and full absorption, [n] each, of words with codes z [n, F] and activations a
-    [n, D]; p [D]: the letter's unit probe; main: its main latents."""
+    [n, D], less b_dec; p [D]: the letter's unit probe; main: its main latents."""
     cosine, A = cosine_similarity(W_dec, p[None]), a @ p                     # (F,), (n,)
     proj = z * (W_dec @ p)                                                   # (n, F)
     M = proj[:, main].sum(1)
@@ -198,10 +204,10 @@ def absorption(z, a, p, W_dec, main):
     return part, full
 
 @torch.no_grad()
-def measure(encode, W_dec, words, passed, speller=None, inner=lambda a: a):
+def measure(encode, W_dec, b_dec, words, passed, speller=None, inner=lambda a: a):
     """What the docstring says, of one SAE; averages over the letters `passed`. With a speller, also
     absorption by its first definition: evaluation/attribution.py. inner(a): activations a [n, D] in
-    the units of W_dec."""
+    the units of W_dec and b_dec."""
     Z = probes.codes(encode, words.x)
     with torch.enable_grad():
         main, first, best, says_no = main_latents(Z, words)
@@ -209,11 +215,14 @@ def measure(encode, W_dec, words, passed, speller=None, inner=lambda a: a):
     for i in passed:
         rows = words.score[(words.Y[words.score, i] > 0) & words.yes[words.score, i]]
         z = Z.index_select(0, rows).to_dense()
-        part, full = absorption(z, inner(words.x[rows]), words.p[i], W_dec, main[i])
+        a = inner(words.x[rows])
+        (part, full), (raw, full_raw) = (absorption(z, v, words.p[i], W_dec, main[i])
+                                         for v in (a - b_dec, a))
         letters[LETTERS[i]] = dict(
             probe_f1=words.f1[i].item(), f1_first=first[i], f1_main=best[i],
-            latents=main[i].tolist(), words=len(rows), absorption=part.mean().item(),
-            full=full.double().mean().item(), split=len(main[i]))
+            latents=main[i].tolist(), words=len(rows), split=len(main[i]),
+            absorption=part.mean().item(), full=full.double().mean().item(),
+            absorption_raw=raw.mean().item(), full_raw=full_raw.double().mean().item())
         if speller:
             rate, answered, asked = attribution.rate(speller, i, words.ids[rows.cpu()],
                 words.x[rows], z, words.p[i], W_dec, main[i], says_no[i])
@@ -224,8 +233,8 @@ def measure(encode, W_dec, words, passed, speller=None, inner=lambda a: a):
 def summary(letters):
     """Means over letters, with standard errors; no word of a letter to score: no absorption."""
     out = {}
-    for name in ("probe_f1", "f1_first", "f1_main", "split", "absorption", "full", "attribution",
-                 "answered"):
+    for name in ("probe_f1", "f1_first", "f1_main", "split", "absorption", "full", "absorption_raw",
+                 "full_raw", "attribution", "answered"):
         v = torch.tensor([letter.get(name, float("nan")) for letter in letters.values()]).double()
         v = v[~v.isnan()]
         out[name] = v.mean().item()
@@ -246,18 +255,19 @@ def report(saes, depends, prepared):
         if s.result:
             continue
         speller = words.speller if sae.norm == "none" else None    # codes of other units
-        result = measure(sae.encode, sae.t["W_dec"], words, passed, speller,
-                         lambda a: sae.normed(a)[0])
+        of_sae = partial(measure, sae.encode, sae.t["W_dec"], sae.t["b_dec"],
+                         inner=lambda a: sae.normed(a)[0])
+        result = of_sae(words, passed, speller)
         key = probes.alike(sae.d_sae, result["l0"])
         if key not in random:
-            random[key] = measure(*probes.untrained(*key, mean), words, passed, words.speller)
+            random[key] = measure(*probes.untrained(*key, mean), mean, words, passed, words.speller)
         if not controls:
             order = torch.randperm(len(words.x), generator=torch.Generator().manual_seed(1))
             shuffled = task(words.x, words.Y.argmax(1).cpu()[order], words.word)
             controls = dict(
                 coordinates=measure(lambda x: x - mean, torch.eye(len(mean), device=mean.device),
-                                    words, passed),
-                shuffled=measure(sae.encode, sae.t["W_dec"], shuffled, passed))
+                                    mean, words, passed),
+                shuffled=of_sae(shuffled, passed))
         controls = dict(controls, untrained=random[key])
         s.put(dict(result, words=len(words.x), controls={
             name: {k: v for k, v in control.items() if k not in ("letters", "latents")}

@@ -11,7 +11,7 @@ End       after the token `end` (of a document, of a sequence) nothing counts an
 Prompts are of one length, so nothing is padded. A prompt is read once, without its last token, and
 its keys and values are kept for all that follows.
 """
-import contextlib, copy
+import contextlib, copy, functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +36,12 @@ def prompts(source, model, count, length, new):
         runs.fail(f"--length {new}: {T} tokens of a prompt and these are more than the {limit} "
                   "that the model takes; use less, or a smaller --prompt-length")
     return torch.from_numpy(ids[here, :T]).long()
+
+@functools.lru_cache(maxsize=16)
+def gumbel(seed, position, B, V):
+    """Gumbel noise [B, V] of one position, kept: every change is given the same."""
+    g = torch.Generator().manual_seed(seed * 100_003 + position)
+    return -torch.empty(B, V).exponential_(generator=g).log()
 
 class Writer:
     """Of prompts ids [P, T] int64, S samples each, N new tokens. write(change) -> ids [P, S, N],
@@ -64,11 +70,6 @@ class Writer:
         finally:
             handle.remove()
 
-    def noise(self, position, shape):
-        """Gumbel noise [B, V] of one position."""
-        g = torch.Generator().manual_seed(self.seed * 100_003 + position)
-        return -torch.empty(shape).exponential_(generator=g).log().to(self.model.device)
-
     @torch.inference_mode()
     def write(self, change=None):
         def put(h):
@@ -80,7 +81,8 @@ class Writer:
             for position in range(self.N):
                 logits = self.model(input_ids=token, past_key_values=cache,
                                     use_cache=True).logits[:, -1].float()
-                token = (logits + self.noise(position, logits.shape)).argmax(1, keepdim=True)
+                noise = gumbel(self.seed, position, *logits.shape).to(logits.device)
+                token = (logits + noise).argmax(1, keepdim=True)
                 new.append(token)
         ids = torch.cat(new, 1)                                              # (B, N)
         ce, x = self.read(ids)

@@ -60,8 +60,9 @@ def token_labels(text, offsets, spans, names):
     return np.where(one, there[lo], -1)
 
 def contexts(documents, tokenizer, T, bos, seed=0):
-    """Contexts of T tokens: ids [n, T], the part of each [n] (0, 1, 2), and {task: (its classes,
-    the class of every token [n, T] or, of whole contexts, [n])}; -1: none."""
+    """Contexts of T tokens, as many as each document fills: ids [n, T], the part of each [n]
+    (0, 1, 2), and {task: (its classes, the class of every token [n, T] or, of whole contexts,
+    [n])}; -1: none."""
     if not tokenizer.is_fast:
         runs.fail("--probes: this tokenizer gives no offsets of its tokens in the text; leave "
                   "--probes out for this model, or give it a fast tokenizer (tokenizer.json)")
@@ -147,7 +148,8 @@ def prepare(documents, model, tokenizer, block, cut, T):
                 odds=log_odds(seen, np.where(own == 0, label, -1), len(names)))
     if not made:
         runs.fail(f"--probes: no class has {FEWEST[0]} tokens to fit, {FEWEST[1]} to choose and "
-                  f"{FEWEST[2]} to score on, in documents of their own; give more by --labels")
+                  f"{FEWEST[2]} to score on, in documents of their own, in whole contexts of {T} "
+                  "tokens; give more or longer ones by --labels")
     return x[keep], made
 
 # --- probes ---------------------------------------------------------------------------------------
@@ -227,8 +229,8 @@ def summary(found, counted):
         of = lambda task, name: [by[k][name] for by in found[task].values()]
         row = {name: mean([mean(of(t, name)) for t in counted])
                for name in ("accuracy", "f1", "auc")}
-        spread = [variance(v) / len(v) if len(v := of(t, "accuracy")) > 1 else float("nan")
-                  for t in counted]
+        spread = [variance(v) / len(v) if len(v := of(t, "accuracy")) > 2 else float("nan")
+                  for t in counted]                 # two classes are one question, asked twice
         out[str(k)] = row | dict(
             accuracy_se=sum(spread) ** 0.5 / len(counted) if counted else float("nan"),
             tasks={t: mean(of(t, "accuracy")) for t in found})

@@ -87,7 +87,7 @@ def cone_tables(rows):
         def cells(c):
             by = c["controls"]["random"]["containment"] if "controls" in c else None
             return [*(f"{c['containment'][m - 1]:.3f}" + (f" ({by[m - 1]:.2f})" if by else "")
-                      for m in CONES), f"{c['se'][middle - 1]:.3f}",
+                      for m in CONES), number(c["se"][middle - 1], ".3f"),
                     *(f"{c['coverage'][str(t)][m - 1]:.2f}" for m, t in COVERED),
                     f"{c['cosine']:.3f}"]
         yield (f"Concept cones: {name}", f"containment of {beside['references']} directions by m "
@@ -108,10 +108,11 @@ def letters_table(rows):
             f"{first['probe_f1']:.3f}")
     lines = [(r["run"], r["first_letter"]) for r in rows] + list(first["controls"].items())
     names = dict(f1_first=".3f", f1_main=".3f", split=".2f", absorption=".3f", full=".3f",
-                 attribution=".3f", answered=".2f")
+                 absorption_raw=".3f", full_raw=".3f", attribution=".3f", answered=".2f")
     return ("First letters: absorption", note,
             ["run", "L0 on words", "F1 of first latent", "of main latents", "main latents",
-             "absorption", "full", "by attribution", "answered, where silent"],
+             "absorption", "full", "as in SAEBench", "full, as in SAEBench", "by attribution",
+             "answered, where silent"],
             [[name, number(r["l0"], ".1f"), *(
                 f"{number(r.get(k), form)} \u00b1 {number(r.get(k + '_se'), form)}"
                 for k, form in names.items())] for name, r in lines])

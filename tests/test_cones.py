@@ -74,7 +74,7 @@ def test_controls():
     assert got["coverage"]["0.9"] == [1] * 16 and len(got["containment"]) == cones.BUDGET
     others = cones.controls(R, W, x, x.mean(0))
     chance = cones.measure(R, normal(300, 40, seed=9))["containment"]
-    assert list(others) == ["random", "activations", "shuffled"]
+    assert list(others) == ["random", "activations", "shuffled", "negated"]
     for other in others.values():
         assert np.allclose(other["containment"], chance, atol=0.05) and other["containment"][0] < 0.3
         assert 0 < other["se"][0] < 0.05 and other["coverage"]["0.5"][0] < 0.1

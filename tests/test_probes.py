@@ -104,13 +104,13 @@ def test_planted_absorption_is_found(planted):
     words, x, letter = planted
     assert len(words.passed) == 26 and words.f1.min() > 0.95
     eye = torch.eye(26 + CHILDREN)
-    honest = first_letter.measure(lambda x: x * (x > 0.5) / 3, 3 * eye, words, words.passed)
+    honest = first_letter.measure(lambda x: x * (x > 0.5) / 3, 3 * eye, 0, words, words.passed)
     pairs = torch.cat([eye[:26], (eye[:26, None] + eye[26:]).flatten(0, 1)])                     # (26 + 520, 46)
     def absorbing(x):
         on = (x > 0.5).float()
         alone = on[:, :26] * (1 - on[:, 26:].sum(1, keepdim=True))
         return torch.cat([alone, (on[:, :26, None] * on[:, None, 26:]).flatten(1)], 1) / 2
-    absorbed = first_letter.measure(absorbing, 2 * pairs, words, words.passed)
+    absorbed = first_letter.measure(absorbing, 2 * pairs, 0, words, words.passed)
     assert honest["absorption"] < 0.02 and honest["full"] == 0 and honest["f1_first"] > 0.99
     assert abs(absorbed["absorption"] - 0.4) < 0.05 and abs(absorbed["full"] - 0.4) < 0.05
     assert 0.7 < absorbed["f1_first"] < 0.8 and absorbed["split"] < 1.2
@@ -124,7 +124,7 @@ def test_a_letter_of_two_latents_is_split_not_absorbed(planted):
         on = (x > 0.5).float()
         child = on[:, 26:].sum(1, keepdim=True)
         return torch.cat([on[:, :26] * (1 - child), on[:, :26] * child], 1)
-    result = first_letter.measure(split, torch.eye(46)[:26].repeat(2, 1), words, words.passed)
+    result = first_letter.measure(split, torch.eye(46)[:26].repeat(2, 1), 0, words, words.passed)
     assert result["split"] == 2 and result["absorption"] < 0.02 and result["f1_main"] > 0.99
 
 def test_controls_know_nothing(planted):
@@ -132,9 +132,9 @@ def test_controls_know_nothing(planted):
     words, x, letter = planted
     shuffled = first_letter.task(x, letter[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))], words.word)
     assert not shuffled.passed
-    nothing = first_letter.measure(lambda x: x * (x > 0.5), torch.eye(46), shuffled, words.passed)
+    nothing = first_letter.measure(lambda x: x * (x > 0.5), torch.eye(46), 0, shuffled, words.passed)
     assert nothing["f1_first"] < 0.12
-    random = first_letter.measure(*probes.untrained(46, 2, x.mean(0)), words, words.passed)
+    random = first_letter.measure(*probes.untrained(46, 2, x.mean(0)), x.mean(0), words, words.passed)
     assert random["f1_first"] < 0.8 and random["l0"] <= 2      # the letters themselves: above 0.99
 
 def test_absorption_in_the_units_of_the_sae(planted, tmp_path, monkeypatch):
@@ -152,9 +152,23 @@ def test_absorption_in_the_units_of_the_sae(planted, tmp_path, monkeypatch):
         (path / "cfg.json").write_text(json.dumps(cfg))
         monkeypatch.setattr(words, "speller", None, raising=False)
         [result[norm]] = first_letter.report([SAE(path)], [], lambda: words)
-    full = first_letter.measure(lambda x: SAE(path).encode(x), rows, words, words.passed)
+    full = first_letter.measure(lambda x: SAE(path).encode(x), rows, 0, words, words.passed)
     assert result["none"]["absorption"] < 0.02 and result["constant_norm_rescale"]["absorption"] < 0.02
     assert full["absorption"] > 0.3                            # codes of one unit, activations of another
+
+def test_absorption_is_of_what_latents_can_carry(planted, monkeypatch):
+    """Where a letter's latent is silent another has a fifth of the projection: too little of the activation less b_dec. Of
+    the whole activation, which b_dec leaves a fifth, it is all, and SAEBench's form calls it absorbed."""
+    words, x, letter = planted
+    monkeypatch.setattr(first_letter, "main_latents", lambda Z, words: (
+        [torch.tensor([i]) for i in range(26)], [1.0] * 26, [1.0] * 26, [True] * 26))
+    eye = torch.eye(46)
+    b_dec = torch.linalg.lstsq(words.p, -0.8 * words.p.diagonal()[:, None], driver="gelsd").solution[:, 0]
+    W = torch.cat([eye[:, :26] - 2 * eye[:, 26:].sum(1, keepdim=True), 0.2 * eye[:, :26]], 1)
+    monkeypatch.setattr(words, "x", x + b_dec)
+    found = first_letter.measure(lambda x: ((x - b_dec) @ W).relu(), torch.cat([eye[:26], eye[:26]]), b_dec, words, words.passed)
+    assert found["absorption"] < 0.02 and found["full"] < 0.02
+    assert found["absorption_raw"] > 0.3 and found["full_raw"] > 0.3
 
 class Linear:
     """A model whose logit of a letter is 2 times that letter's coordinate."""
@@ -173,12 +187,12 @@ def test_planted_absorption_by_attribution(planted):
         on = (x > 0.5).float()
         alone = on[:, :26] * (1 - on[:, 26:].sum(1, keepdim=True))
         return torch.cat([alone, (on[:, :26, None] * on[:, None, 26:]).flatten(1)], 1)
-    got = first_letter.measure(absorbing, pairs, words, words.passed, Linear())
+    got = first_letter.measure(absorbing, pairs, 0, words, words.passed, Linear())
     assert abs(got["attribution"] - 0.4) < 0.06 and abs(got["answered"] - 0.5) < 0.05
     assert 0 < got["letters"]["s"]["asked"] <= attribution.TRIED
-    honest = first_letter.measure(lambda x: x * (x > 0.5), eye, words, words.passed, Linear())
+    honest = first_letter.measure(lambda x: x * (x > 0.5), eye, 0, words, words.passed, Linear())
     assert honest["attribution"] == 0
-    weak = first_letter.measure(lambda x: absorbing(x) / 3, pairs, words, words.passed, Linear())     # leads by 2 / 3
+    weak = first_letter.measure(lambda x: absorbing(x) / 3, pairs, 0, words, words.passed, Linear())  # leads by 2 / 3
     assert weak["attribution"] == 0
 
 def test_absorbed_by_hand():
@@ -319,16 +333,17 @@ def test_planted_codes(tokens):
     assert means["1"]["accuracy"] == means["1"]["tasks"]["context"] < 0.9 and means["1"]["tasks"]["identity"] < 0.9
 
 def test_standard_error_of_a_mean_of_tasks():
-    """Of two tasks with three and two classes: by hand, and as draws of the classes scatter."""
+    """Of two tasks with three and four classes: by hand, and as draws of the classes scatter. A task of two classes has none:
+    each is the other turned round."""
     rng = np.random.default_rng(0)
-    draw = lambda: dict(one=rng.normal(0.6, 0.2, 3), two=rng.normal(0.9, 0.01, 2))
+    draw = lambda: dict(one=rng.normal(0.6, 0.2, 3), two=rng.normal(0.9, 0.01, 4))
     of = lambda d: probing.summary({t: {c: {1: dict(accuracy=float(a), f1=0.0, auc=0.0)} for c, a in enumerate(v)}
                                     for t, v in d.items()}, ["one", "two"])["1"]
     d = draw()
-    assert of(d)["accuracy_se"] == pytest.approx(np.sqrt(d["one"].var(ddof=1) / 3 + d["two"].var(ddof=1) / 2) / 2)
+    assert of(d)["accuracy_se"] == pytest.approx(np.sqrt(d["one"].var(ddof=1) / 3 + d["two"].var(ddof=1) / 4) / 2)
     every = [of(draw()) for _ in range(2000)]
     assert np.mean([e["accuracy_se"] ** 2 for e in every]) == pytest.approx(np.var([e["accuracy"] for e in every]), rel=0.15)
-    assert np.isnan(of(dict(one=d["one"], two=d["two"][:1]))["accuracy_se"])
+    assert np.isnan(of(dict(one=d["one"], two=d["two"][:2]))["accuracy_se"])
 
 def test_odds_of_tokens_by_hand():
     """All labelled tokens count, classes alike: of class 0 id 1 has 2 of 4, of the others 1 / 2 and 0 / 1, their mean of 4: 1."""
@@ -542,9 +557,9 @@ def test_bad_flags_of_probes(one_line, tmp_path):
 
 def measured(l0, shuffled, absorption=0.1):
     """What a benchmark keeps of a run of this L0; the letters were shuffled for a run with the L0 `shuffled`."""
-    letters = lambda l0: dict(l0=l0, absorption=absorption, full=0.2, f1_first=0.3)
+    letters = lambda l0: dict(l0=l0, absorption=absorption, full=0.2, absorption_raw=0.3, full_raw=0.3, attribution=0.0, f1_first=0.3)
     accuracy = {k: dict(accuracy=0.7) for k in ("1", "5", "all")}
-    cone = dict(containment=[0.5] * 16, controls={n: dict(containment=[0.4] * 16) for n in ("random", "activations", "shuffled")})
+    cone = dict(containment=[0.5] * 16, controls={n: dict(containment=[0.4] * 16) for n in ("random", "activations", "shuffled", "negated")})
     return dict(l0=l0, fvu=0.1, dead=0.0, c_dec=0.1, s_n=1 / l0, cones={"first letters": cone, "roles of tokens": cone},
                 first_letter=letters(l0) | dict(letters={"a": {}}, controls=dict(
                     untrained=letters(l0), coordinates=letters(576.0), shuffled=letters(shuffled))),
@@ -577,6 +592,7 @@ def test_results_of_runs_are_kept(tmp_path, monkeypatch):
     for machine, args, rows in (("one", anew, dict(a=1)), ("two", keep, dict(b=2)), ("two", keep, {})):
         monkeypatch.setattr(trained, "machine", lambda: machine)
         trained.write(args, rows, path)
+    trained.write(anew, {}, path)                              # nothing measured: nothing lost
     assert json.loads(path.read_text()) == dict(machine="one; two", runs=dict(a=1, b=2))
     assert [*trained.left(keep, dict(a=0, b=0, c=0), path)] == ["c"] and len(trained.left(anew, dict(a=0, b=0), path)) == 2
     assert trained.evaluate(tmp_path, ["not there"]) == {}

@@ -442,7 +442,7 @@ def test_verdicts_of_the_benchmark():
     def rows(sae=0.97, last=0.95, place=(0.6, 0.2), role=(0.7, 0.1), after=(0.3, 0.9), margins=4.0, random=1.0):
         both, out = ["documented", "commented", "closed", "indented", "named"], []
         labels = dict(place=list(place), role=list(role))
-        edit = dict(before=[0.97, 0.97], after=list(after), margins=margins, rewards=1.0, random=dict(margins=random))
+        edit = dict(before=[0.97, 0.97], after=list(after), margins=[margins, 1.0], rewards=[1.0, 1.0], random=dict(margins=[random, 1.0]))
         for seed in "012":
             every = [f"none-s{seed}", *(f"{m}-s{seed}" for m in bench.METHODS)]
             for run in every:

@@ -104,7 +104,7 @@ def test_generation_equals_one_without_a_cache(tiny_lm):
                 logits = model(input_ids=ids, use_cache=False).logits[:, -1]
             if hook:
                 hook.remove()
-            ids = torch.cat([ids, (logits + writer.noise(position, logits.shape)).argmax(1, keepdim=True)], 1)
+            ids = torch.cat([ids, (logits + generate.gumbel(writer.seed, position, *logits.shape)).argmax(1, keepdim=True)], 1)
         assert torch.equal(out.ids.flatten(0, 1), ids[:, 5:])
         with torch.no_grad():
             ce = -model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[:, 4:-1].gather(2, ids[:, 5:, None])[..., 0]

@@ -21,12 +21,14 @@ SAEBench's score asks what can be read; it needs a model that spells (`answered`
 these words the right letter's logit is the largest of the 26, so it differs between SAEs), and a
 layer below which letters have not moved on.
 """
-import copy
+import copy, inspect
+from types import SimpleNamespace
 
 import torch
 from torch.nn.functional import cosine_similarity
 
 LEAD, COS, STEPS, TRIED, OFF = 1.0, 0.025, 6, 10, 1e-8
+TOGETHER = 64                                                # words in one pass of the model
 
 class Speller:
     """Asks the model for first letters. ids of its examples: prefix; of ' has the first letter:'
@@ -36,6 +38,8 @@ class Speller:
         self.model, self.block, self.cache = model.requires_grad_(False), block, DynamicCache()
         self.start, self.suffix = len(prefix), torch.tensor(suffix, device=model.device)
         self.answers = torch.tensor(answers, device=model.device)
+        names = inspect.signature(model.forward).parameters            # of the last token alone
+        self.last = dict(logits_to_keep=1) if "logits_to_keep" in names else {}
         with torch.no_grad():
             model(input_ids=torch.tensor([prefix], device=model.device), use_cache=True,
                   past_key_values=self.cache)
@@ -52,13 +56,19 @@ class Speller:
         place = torch.arange(self.start, self.start + tokens.shape[1], device=x.device)
         hook = self.block.register_forward_pre_hook(put, with_kwargs=True)
         try:
-            return self.model(input_ids=tokens, past_key_values=mine, use_cache=True,
+            return self.model(input_ids=tokens, past_key_values=mine, use_cache=True, **self.last,
                               position_ids=place.expand(n, -1)).logits[:, -1, self.answers].float()
         finally:
             hook.remove()
 
     def gradient(self, ids, x, change, letter):
-        """g [n, D] of the docstring for codes that add `change` [n, D]; is the answer right [n]?"""
+        """g [n, D] of the docstring for words ids [n] of letters letter [n], whose codes add
+        change [n, D]; is the answer right [n]?"""
+        found = [self.part(*rows) for rows in zip(*(v.split(TOGETHER) for v in (
+            ids, x, change, letter.to(x.device))))]
+        return (torch.cat(of) for of in zip(*found))
+
+    def part(self, ids, x, change, letter):
         with torch.no_grad():
             right = self.logits(ids, x).argmax(1) == letter
         total = torch.zeros_like(x)
@@ -66,27 +76,37 @@ class Speller:
             point = (x - change * (1 - (step + 0.5) / STEPS)).requires_grad_()
             with torch.enable_grad():
                 logits = self.logits(ids, point)
-                metric = (26 * logits[:, letter] - logits.sum(1)).sum() / 25
+                own = logits.gather(1, letter[:, None]).sum()
+                metric = (26 * own - logits.sum()) / 25
             total += torch.autograd.grad(metric, point)[0] / STEPS
         return total, right
 
 def absorbed(z, g, p, W_dec):
-    """Is each word with codes z [n, F] and gradient g [n, D] absorbed? By the second condition."""
+    """Is each word with codes z [n, F], gradient g [n, D] and its letter's probe p [n, D] absorbed?
+    By the second condition."""
     effect = z * (g @ W_dec.T)                                               # (n, F)
     size, best = effect.abs().topk(2)                                        # (n, 2)
     helps = effect.gather(1, best[:, :1])[:, 0] > 0
-    cosine = cosine_similarity(W_dec[best[:, 0]], p[None])
+    cosine = cosine_similarity(W_dec[best[:, 0]], p)
     return helps & (size[:, 0] - size[:, 1] >= LEAD) & (cosine >= COS)
 
-def rate(speller, letter, ids, x, z, p, W_dec, main, says_no):
-    """(rate, answered, words asked about) of one letter, on the words to which its probe says yes:
-    ids [n], activations x [n, D], codes z [n, F]; says_no: what the regression on silent main
-    latents says."""
+def asked(letter, ids, x, z, main, says_no):
+    """Which words of one letter are asked about, of those to which its probe says yes: ids [n],
+    activations x [n, D], codes z [n, F]; says_no: what the regression on silent main latents says.
+    share: how many of the n words these stand for."""
     silent = (z[:, main] < OFF).all(1) & says_no
     rows = silent.nonzero()[:TRIED, 0]
-    if not len(rows) or not len(W_dec) > 1:
-        return 0.0 if len(ids) else float("nan"), float("nan"), 0
-    change = z[rows] @ W_dec
-    g, right = speller.gradient(ids[rows.cpu()], x[rows], change, letter)
-    found = absorbed(z[rows], g, p, W_dec).double().mean() * silent.double().mean()
-    return found.item(), right.double().mean().item(), len(rows)
+    return SimpleNamespace(letter=torch.full_like(rows, letter), ids=ids[rows.cpu()], x=x[rows],
+                           z=z[rows], share=silent.double().mean().item())
+
+def rates(speller, found, p, W_dec):
+    """[(rate, answered, words asked about)] of letters as asked() gives them; p: probes [26, D]."""
+    ids, x, z, letter = (torch.cat([getattr(f, name) for f in found])
+                         for name in ("ids", "x", "z", "letter"))
+    yes = right = torch.zeros(len(ids), dtype=torch.bool)
+    if len(ids) and len(W_dec) > 1:
+        g, right = speller.gradient(ids, x, z @ W_dec, letter)
+        yes = absorbed(z, g, p[letter], W_dec)
+    sizes = [len(f.ids) for f in found]
+    return [((a.double().mean().item() if n else 0.0) * f.share, b.double().mean().item(), n)
+            for f, a, b, n in zip(found, yes.split(sizes), right.split(sizes), sizes)]

@@ -211,7 +211,7 @@ def measure(encode, W_dec, b_dec, words, passed, speller=None, inner=lambda a: a
     Z = probes.codes(encode, words.x)
     with torch.enable_grad():
         main, first, best, says_no = main_latents(Z, words)
-    letters, l0 = {}, (Z.values() if Z.is_sparse else Z).count_nonzero().item() / len(Z)
+    letters, asked, l0 = {}, [], (Z.values() if Z.is_sparse else Z).count_nonzero().item() / len(Z)
     for i in passed:
         rows = words.score[(words.Y[words.score, i] > 0) & words.yes[words.score, i]]
         z = Z.index_select(0, rows).to_dense()
@@ -224,9 +224,12 @@ def measure(encode, W_dec, b_dec, words, passed, speller=None, inner=lambda a: a
             absorption=part.mean().item(), full=full.double().mean().item(),
             absorption_raw=raw.mean().item(), full_raw=full_raw.double().mean().item())
         if speller:
-            rate, answered, asked = attribution.rate(speller, i, words.ids[rows.cpu()],
-                words.x[rows], z, words.p[i], W_dec, main[i], says_no[i])
-            letters[LETTERS[i]].update(attribution=rate, answered=answered, asked=asked)
+            asked.append(attribution.asked(i, words.ids[rows.cpu()], words.x[rows], z, main[i],
+                                           says_no[i]))
+    if asked:
+        found = attribution.rates(speller, asked, words.p, W_dec)
+        for letter, (rate, answered, n) in zip(letters.values(), found):
+            letter.update(attribution=rate, answered=answered, asked=n)
     return summary(letters) | dict(l0=l0, letters=letters, latents=probes.best_classes(
         Z, words.Y.argmax(1), LETTERS))
 

@@ -174,7 +174,7 @@ class Linear:
     """A model whose logit of a letter is 2 times that letter's coordinate."""
     def gradient(self, ids, x, change, letter):
         g = torch.zeros_like(x)
-        g[:, letter] = 2
+        g[torch.arange(len(x)), letter] = 2
         return g, torch.arange(len(x)) % 2 == 0
 
 def test_planted_absorption_by_attribution(planted):
@@ -201,7 +201,7 @@ def test_absorbed_by_hand():
     W = torch.tensor([[1.0, 0], [-1, 0], [0.02, 0.9998]])
     for z, want in (([3.0, 0, 0], True), ([3.0, 1.9, 0], True), ([3.0, 2.1, 0], False),      # leads by 1.1, by .9
                     ([3.0, 5, 0], False), ([0, 0, 100], False)):                            # hinders; no cosine
-        assert attribution.absorbed(torch.tensor([z]), g, p, W).item() == want, z
+        assert attribution.absorbed(torch.tensor([z]), g, p[None], W).item() == want, z
 
 def test_integrated_gradients_sum_to_the_metric(spelling_lm):
     """Effects of all latents add up to what their codes change in the metric, the logit of the letter less the mean of the
@@ -216,7 +216,7 @@ def test_integrated_gradients_sum_to_the_metric(spelling_lm):
         assert torch.allclose(speller.logits(ids, x), want, atol=1e-5)
         change = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * 0.02
         before = speller.logits(ids, x - change)
-    g, right = speller.gradient(ids, x, change, 3)
+    g, right = speller.gradient(ids, x, change, torch.full((4,), 3))
     metric = lambda logits: logits[:, 3] - torch.cat([logits[:, :3], logits[:, 4:]], 1).mean(1)
     assert torch.allclose((g * change).sum(1), metric(want - before), atol=1e-4, rtol=1e-2)
     assert (right == (want.argmax(1) == 3)).all()

@@ -103,8 +103,9 @@ def letters_table(rows):
     passed = sorted(first["letters"])
     few = "" if len(passed) >= first_letter.MANY else (
         f", fewer than the {first_letter.MANY} that SAEBench wants")
-    note = (f"{first['words']:,} tokens that are words; means over the {len(passed)} letters that the "
-            f"activations tell with F1 above {first_letter.GOOD_F1}{few}: {' '.join(passed)}; F1 of the probe "
+    note = (f"{first['words']:,} tokens that are words; means over the {len(passed)} letters that "
+            f"the activations tell with F1 above {first_letter.GOOD_F1}{few}: {' '.join(passed)}; "
+            "F1 of the probe "
             f"{first['probe_f1']:.3f}")
     lines = [(r["run"], r["first_letter"]) for r in rows] + list(first["controls"].items())
     names = dict(f1_first=".3f", f1_main=".3f", split=".2f", absorption=".3f", full=".3f",

@@ -21,7 +21,7 @@ SAEBench's score asks what can be read; it needs a model that spells (`answered`
 these words the right letter's logit is the largest of the 26, so it differs between SAEs), and a
 layer below which letters have not moved on.
 """
-import copy, inspect
+import copy
 from types import SimpleNamespace
 
 import torch
@@ -37,9 +37,10 @@ class Speller:
         from transformers import DynamicCache
         self.model, self.block, self.cache = model.requires_grad_(False), block, DynamicCache()
         self.start, self.suffix = len(prefix), torch.tensor(suffix, device=model.device)
-        self.answers = torch.tensor(answers, device=model.device)
-        names = inspect.signature(model.forward).parameters            # of the last token alone
-        self.last = dict(logits_to_keep=1) if "logits_to_keep" in names else {}
+        self.head = model.get_output_embeddings()
+        self.small = copy.deepcopy(self.head)                      # the rows of the answers alone
+        for name, p in self.head.named_parameters():
+            setattr(self.small, name, torch.nn.Parameter(p[answers].clone(), requires_grad=False))
         with torch.no_grad():
             model(input_ids=torch.tensor([prefix], device=model.device), use_cache=True,
                   past_key_values=self.cache)
@@ -55,11 +56,13 @@ class Speller:
         tokens = torch.cat([ids.to(x.device)[:, None], self.suffix.expand(n, -1)], 1)
         place = torch.arange(self.start, self.start + tokens.shape[1], device=x.device)
         hook = self.block.register_forward_pre_hook(put, with_kwargs=True)
+        self.model.set_output_embeddings(self.small)
         try:
-            return self.model(input_ids=tokens, past_key_values=mine, use_cache=True, **self.last,
-                              position_ids=place.expand(n, -1)).logits[:, -1, self.answers].float()
+            return self.model(input_ids=tokens, past_key_values=mine, use_cache=True,
+                              position_ids=place.expand(n, -1)).logits[:, -1].float()
         finally:
             hook.remove()
+            self.model.set_output_embeddings(self.head)
 
     def gradient(self, ids, x, change, letter):
         """g [n, D] of the docstring for words ids [n] of letters letter [n], whose codes add

@@ -9,6 +9,11 @@ in ../compare, are taken over), at layers 6 and 18 of 30, at an L0 of 32 (seeds 
 evaluation/first_letter.py, probing.py and cones.py, each with its controls: those of the first run of a table, but letters
 shuffled among the words, which are of the first run of a layer, in the tables of its L0. A standard error is that of the mean
 of three seeds; with one seed there is none.
+
+Stated before these tables were made, when the letters of three runs had been seen (TopK, and L1 twice). A difference of two
+methods counts if it is more than twice the standard error of a difference of means of three seeds. Claims, at an L0 of 32:
+    absorbs      TopK and BatchTopK absorb, by at least 0.05 more than the untrained dictionary
+    nesting      Matryoshka absorbs less than both, by a difference that counts
 """
 import json, sys
 from pathlib import Path

@@ -96,8 +96,23 @@ def digits(words):
     """'n of m' after these words, by pixels and by class, in the table of benchmarks/monosemanticity.py."""
     return re.findall(rf"{words} in (\d+ of \d+)", (ROOT / "benchmarks/results/monosemanticity.md").read_text())
 
+@cache
+def results(name):
+    """{run: its row} of benchmarks/results/NAME.json."""
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["runs"]
+
+def absorbed(method, layer=6, key="absorption"):
+    """Of first letters, by the runs of a method at an L0 of 32 in benchmarks/ground_truth.py."""
+    return Numbers(row["first_letter"][key] for name, row in results("ground-truth").items()
+                   if re.fullmatch(rf"{layer}-{method}-32-s\d", name))
+
+def by_k(of):
+    """{k: of(row) of every seed} in benchmarks/which_l0.py."""
+    found = sorted((int(name.split("-")[0]), name) for name in results("which-l0"))
+    return {k: Numbers(of(results("which-l0")[name]) for other, name in found if other == k) for k, _ in found}
+
 def hedges(method, key="h"):
-    """Hedging degrees of a method by benchmarks/hedging.py: of 2 D latents, of 8 D latents; with 'moved' their control."""
+    """Hedging degrees of a method by benchmarks/hedging.py: of 2 D latents, of 8 D latents; 'null': without new latents."""
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/hedging.jsonl").open()]
     return [Numbers(row[key] for row in rows if row["name"][:2] == [method, width]) for width in (2, 8)]
 

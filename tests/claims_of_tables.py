@@ -74,6 +74,7 @@ ORDERED = "**Ordered** (k from 40, uniform law, full share .5)"
 by = lambda script, file: f"`benchmarks/{script}.py`, [{file}](../benchmarks/results/{file})"
 LM = "smollm2, [results](results.md#smollm2-other-settings)"
 COMPARED = "smollm2, " + by("compare", "compare.md")
+LETTERS = "smollm2, " + by("ground_truth", "ground-truth.md")
 
 def runs(method):
     """{(L0 aimed at, seed): evaluation.json} of our runs in benchmarks/compare.py."""
@@ -101,15 +102,23 @@ def results(name):
     """{run: its row} of benchmarks/results/NAME.json."""
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["runs"]
 
-def absorbed(method, layer=6, key="absorption"):
+def absorbed(method, layer=6, of=lambda letters: letters["absorption"]):
     """Of first letters, by the runs of a method at an L0 of 32 in benchmarks/ground_truth.py."""
-    return Numbers(row["first_letter"][key] for name, row in results("ground-truth").items()
+    return Numbers(of(row["first_letter"]) for name, row in results("ground-truth").items()
                    if re.fullmatch(rf"{layer}-{method}-32-s\d", name))
 
 def by_k(of):
     """{k: of(row) of every seed} in benchmarks/which_l0.py."""
     found = sorted((int(name.split("-")[0]), name) for name in results("which-l0"))
     return {k: Numbers(of(results("which-l0")[name]) for other, name in found if other == k) for k, _ in found}
+
+def falls(of):
+    """Does its mean fall at each doubling of k, from 8 to 128?"""
+    mean = [sum(v) / len(v) for k, v in by_k(of).items() if 8 <= k <= 128]
+    return all(a > b for a, b in zip(mean, mean[1:]))
+
+def over_k(of, form=".2f"):
+    return ", ".join(f"{v:{form}}" for v in by_k(of).values())
 
 def hedges(method, key="h"):
     """Hedging degrees of a method by benchmarks/hedging.py: of 2 D latents, of 8 D latents; 'null': without new latents."""
@@ -169,6 +178,8 @@ def extra():
     neurons_4 = fourth["baselines"]["768 neurons of block 3"]["coverage"]
     by_layer = [ways for name, (ways, _) in othello("steering").items() if name.startswith(("layer", "topk"))]
     steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
+    unabsorbed = {m: absorbed(m, of=lambda letters: letters["controls"]["untrained"]["absorption"]) for m in ("topk", "batchtopk")}
+    letters = lambda key: lambda r: r["first_letter"][key]
     hedge = {name: (hedges(name), hedges(name, "moved")) for name in ("topk", "batchtopk", "matryoshka")}
     by_coverage, coverages = ranked("coverage")
     by_boards, reconstructions = ranked("reconstruction")
@@ -207,6 +218,16 @@ def extra():
         row("karvonen", "on Othello L1 shrinks, p-annealed L1 and gated do not", "gamma about .80; about 1",
             f"at an L0 of 32 {gammas['vanilla']:.2f}; {gammas['p-annealed']:.2f}, {gammas['gated']:.2f}", OTHELLO, "reproduced",
             holds=max(gammas["vanilla"]) < 0.9 and min(*gammas["p-annealed"], *gammas["gated"]) > 0.95),
+        row("absorption", "in a language model latents of words take over from that of their first letter",
+            "so in SAEs of Gemma-2-2B, figures",
+            f"absorption at an L0 of 32: TopK {absorbed('topk'):.2f}, BatchTopK {absorbed('batchtopk'):.2f}; untrained dictionaries "
+            f"{unabsorbed['topk']:.2f}, {unabsorbed['batchtopk']:.2f}", LETTERS, "reproduced",
+            holds=all(min(absorbed(m)) > max(unabsorbed[m]) + 0.05 for m in unabsorbed)),
+        row("absorption", "the lower the L0, the more absorption, on a language model", "so, figures",
+            f"TopK, k = {', '.join(map(str, by_k(letters('l0'))))}: by attribution {over_k(letters('attribution'))}; full "
+            f"{over_k(letters('full'))}; but the mean share is highest about k = 16 to 32: {over_k(letters('absorption'))}",
+            "smollm2, " + by("which_l0", "which-l0.md"), "partly", holds=falls(letters("attribution")) and falls(letters("full"))
+            and not falls(letters("absorption"))),
         row("gated", "a gated SAE has a lower error than L1 at equal L0, on a language model",
             "Pareto better at nearly all sites (loss recovered)",
             f"FVU {gated:.2f} of that of L1 at the same L0, {len(gated)} runs", COMPARED, "reproduced",
@@ -227,6 +248,9 @@ def extra():
             "variance explained .70, BatchTopK .72: .02 of FVU, 7 % more error (Gemma-2-2B, L0 40, 65k latents)",
             f"{more:.3f} of FVU, as there, but of a smaller one: {nested:.2f} times that of BatchTopK at the same L0, "
             f"{len(nested)} runs", COMPARED, "partly", holds=min(nested) > 1.07 and 0.01 < more < 0.03),
+        row("matryoshka", "Matryoshka absorbs less than BatchTopK, on a language model", ".05, BatchTopK .49 (Gemma-2-2B)",
+            f"more at an L0 of 32: {absorbed('matryoshka'):.2f}, BatchTopK {absorbed('batchtopk'):.2f}, TopK {absorbed('topk'):.2f}",
+            LETTERS, "not", holds=min(absorbed("matryoshka")) > max(*absorbed("batchtopk"), *absorbed("topk"))),
         row("pach", "an SAE's latents are more monosemantic than the neurons of its layer",
             "best neuron .50, best latent .82 (F = D) to 1.00 (64 D), CLIP ViT-L on ImageNet (secondary)",
             f"so by pixels in {neuron[0]} runs, by class in {neuron[1]}; but so are random dictionaries, as sparse: latents are "

@@ -34,6 +34,7 @@ COLUMNS = {                                          # name: value of a row, for
     "letters, F1 of the first latent": (lambda r: r["first_letter"]["f1_first"], ".3f", max),
     "absorption": (lambda r: r["first_letter"]["absorption"], ".3f", None),
     "full": (lambda r: r["first_letter"]["full"], ".3f", None),
+    "by attribution": (lambda r: r["first_letter"]["attribution"], ".3f", None),
     "as in SAEBench": (lambda r: r["first_letter"]["absorption_raw"], ".3f", None),
     "absorption, untrained": (lambda r: r["first_letter"]["controls"]["untrained"]["absorption"], ".3f", None)}
 
@@ -62,18 +63,18 @@ def report(args):
         return number(sum(by) / len(by), form) + spread if by else number(None)
     for k in next(iter(values.values())):
         lines.append(f"| {k} | " + " | ".join(cell(values[name][k], form) for name, (_, form, _) in COLUMNS.items()) + " |")
+    seeds = [s for s in SEEDS if sum(f"{k}-s{s}" in found["runs"] for k in K) > 2]     # of one run nothing is lowest
     ends = []
     for name, (_, _, end) in COLUMNS.items():
         if end:
             at = []
-            for s in SEEDS:
+            for s in seeds:
                 by = {k: of[s] for k, of in values[name].items() if of.get(s) is not None}
                 if by:
                     best = end(by, key=by.get)
                     at.append(f"{best}{' (at the edge)' if best in (min(by), max(by)) else ''}")
             ends.append(f"{name}: {'lowest' if end is min else 'highest'} at k = {', '.join(at)}")
-    seeds = [str(s) for s in SEEDS if any(name.endswith(f"-s{s}") for name in found["runs"])]
-    lines += ["", f"By seed, {', '.join(seeds)}: " + "; ".join(ends) + "."]
+    lines += ["", f"By seed, {', '.join(map(str, seeds))}: " + "; ".join(ends) + "."]
     fig, axes = plt.subplots(2, 4, figsize=(15, 6.5))
     for ax, name in zip(axes.flat, [n for n, (*_, end) in COLUMNS.items() if end] + ["absorption"]):
         for i, s in enumerate(SEEDS):

@@ -179,6 +179,7 @@ def extra():
     by_layer = [ways for name, (ways, _) in othello("steering").items() if name.startswith(("layer", "topk"))]
     steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
     unabsorbed = {m: absorbed(m, of=lambda letters: letters["controls"]["untrained"]["absorption"]) for m in ("topk", "batchtopk")}
+    probed = lambda r: r["probing"]["1"]["accuracy"]
     letters = lambda key: lambda r: r["first_letter"][key]
     hedge = {name: (hedges(name), hedges(name, "moved")) for name in ("topk", "batchtopk", "matryoshka")}
     by_coverage, coverages = ranked("coverage")
@@ -267,6 +268,14 @@ def extra():
                 f"{name} {h[0]:.3f} ({moved[0]:.3f}), {h[1]:.3f} ({moved[1]:.3f})" for name, (h, moved) in hedge.items()),
             "smollm2, " + by("hedging", "hedging.md"), "partly",
             holds=all(min(h[0]) > max(h[1]) and max(h[1]) < min(moved[1]) for h, moved in hedge.values())),
+        row("wrong-l0", "k-sparse probing is best at a middle L0, on a language model", "so, Gemma-2-2B, figures",
+            f"so: one latent, k = {', '.join(map(str, by_k(probed)))}: {over_k(probed, '.3f')}", by("which_l0", "which-l0.md"),
+            "reproduced", holds=min(by_k(probed)) < max(by_k(probed), key=lambda k: sum(by_k(probed)[k]) / len(by_k(probed)[k]))
+            < max(by_k(probed))),
+        row("wrong-l0", "c_dec and s_n are least where probing is best, on a language model", "near there, of c_dec the bend before it rises at low L0; Gemma-2-2B, figures",
+            f"both fall from k = 8 on to the last k: c_dec {over_k(lambda r: r['c_dec'], '.4f')}; s_n {over_k(lambda r: r['s_n'])}",
+            by("which_l0", "which-l0.md"), "not", holds=all(min(by_k(of), key=lambda k: min(by_k(of)[k])) == max(by_k(of)) for of in (
+                lambda r: r["c_dec"], lambda r: r["s_n"]))),
         row("gba", "GBA's error is level with TopK's and below that of L1", "a figure, read by eye, Qwen2.5-1.5B",
             f"above both: FVU {gba:.2f} times that of TopK, {gba_l1:.2f} times that of L1 at the same L0", COMPARED, "not",
             holds=min(gba) > 1.05 and min(gba_l1) > 1.05),

@@ -274,8 +274,8 @@ def test_sweep_freezes_latents_in_order():
 # --- benchmarks/hedging.py ------------------------------------------------------------------------
 
 def test_hedging_trains_control_and_widened_alike(monkeypatch):
-    """The SAE to begin with, the control and the widened one train at one rate, whatever their widths; and the widened one
-    starts as the control does."""
+    """The SAE to begin with, the control, that of the null and the widened one train at one rate, whatever their widths; and
+    the latter start as the control does."""
     hedging, trained = importlib.import_module("benchmarks.hedging"), []
     toy = hedging.data.open_source(matryoshka_sae.parse_args(["--model", "toy"]), torch.device("cpu"))
     monkeypatch.setattr(hedging.data, "open_source", lambda args, device: toy)
@@ -284,6 +284,7 @@ def test_hedging_trains_control_and_widened_alike(monkeypatch):
     monkeypatch.setattr(runs, "adam", lambda sae, lr, betas: trained.append((lr, sae.W_dec.detach().clone())) or adam(
         sae, lr, betas))
     found = hedging.measure("topk", 8, 0)                       # at 2 D the rate of this toy is the largest allowed
-    (rate, _), (lr, W), (wide_lr, wide) = trained
-    assert rate == lr == wide_lr and len(wide) == len(W) + hedging.NEW and torch.equal(W, wide[:len(W)])
-    assert 0 <= found["h"] <= 1
+    (rate, _), (lr, W), (null_lr, null), (wide_lr, wide) = trained
+    assert rate == lr == null_lr == wide_lr and len(wide) == len(W) + hedging.NEW
+    assert torch.equal(W, wide[:len(W)]) and torch.equal(W, null)
+    assert 0 <= found["h"] <= 1 and 0 <= found["null"] <= 1

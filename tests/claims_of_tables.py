@@ -8,6 +8,7 @@ import re
 from collections import namedtuple
 from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
@@ -114,8 +115,8 @@ def by_k(of):
 
 def falls(of):
     """Does its mean fall at each doubling of k, from 8 to 128?"""
-    mean = [sum(v) / len(v) for k, v in by_k(of).items() if 8 <= k <= 128]
-    return all(a > b for a, b in zip(mean, mean[1:]))
+    means = [mean(v) for k, v in by_k(of).items() if 8 <= k <= 128]
+    return all(a > b for a, b in zip(means, means[1:]))
 
 def over_k(of, form=".2f"):
     return ", ".join(f"{v:{form}}" for v in by_k(of).values())
@@ -142,8 +143,8 @@ def ranked(key):
     """Methods at an L0 of 32, and at 64, by the mean of key over seeds, best first; and that in words, with ranges."""
     texts, names = [], []
     for l0 in (32, 64):
-        mean = {m: sum(boards(m, key, l0)) / len(boards(m, key, l0)) for m in KARVONEN}
-        names.append(sorted(mean, key=mean.get, reverse=True))
+        means = {m: mean(boards(m, key, l0)) for m in KARVONEN}
+        names.append(sorted(means, key=means.get, reverse=True))
         texts.append(f"at {l0} " + ", ".join(f"{m.replace('gated-p-annealed', 'p-annealed gated')} {boards(m, key, l0):.2f}"
                                              for m in names[-1]))
     return names, "; ".join(texts)
@@ -179,6 +180,9 @@ def extra():
     by_layer = [ways for name, (ways, _) in othello("steering").items() if name.startswith(("layer", "topk"))]
     steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
     unabsorbed = {m: absorbed(m, of=lambda letters: letters["controls"]["untrained"]["absorption"]) for m in ("topk", "batchtopk")}
+    raw = lambda letters: letters["absorption_raw"]
+    nested_ours, nested_raw = (", ".join(f"{m} {absorbed(m, of=of):.2f}" for m in ("matryoshka", "batchtopk", "topk"))
+                               for of in (lambda letters: letters["absorption"], raw))
     probed = lambda r: r["probing"]["1"]["accuracy"]
     letters = lambda key: lambda r: r["first_letter"][key]
     hedge = {name: (hedges(name), hedges(name, "null")) for name in ("topk", "batchtopk", "matryoshka")}
@@ -220,7 +224,7 @@ def extra():
             f"at an L0 of 32 {gammas['vanilla']:.2f}; {gammas['p-annealed']:.2f}, {gammas['gated']:.2f}", OTHELLO, "reproduced",
             holds=max(gammas["vanilla"]) < 0.9 and min(*gammas["p-annealed"], *gammas["gated"]) > 0.95),
         row("absorption", "in a language model latents of words take over from that of their first letter",
-            "so in SAEs of Gemma-2-2B, figures",
+            "so in L1, TopK and JumpReLU SAEs",
             f"absorption at an L0 of 32: TopK {absorbed('topk'):.2f}, BatchTopK {absorbed('batchtopk'):.2f}; untrained dictionaries "
             f"{unabsorbed['topk']:.2f}, {unabsorbed['batchtopk']:.2f}", LETTERS, "reproduced",
             holds=all(min(absorbed(m)) > max(unabsorbed[m]) + 0.05 for m in unabsorbed)),
@@ -250,8 +254,10 @@ def extra():
             f"{more:.3f} of FVU, as there, but of a smaller one: {nested:.2f} times that of BatchTopK at the same L0, "
             f"{len(nested)} runs", COMPARED, "partly", holds=min(nested) > 1.07 and 0.01 < more < 0.03),
         row("matryoshka", "Matryoshka absorbs less than BatchTopK, on a language model", ".05, BatchTopK .49 (Gemma-2-2B)",
-            f"more at an L0 of 32: {absorbed('matryoshka'):.2f}, BatchTopK {absorbed('batchtopk'):.2f}, TopK {absorbed('topk'):.2f}",
-            LETTERS, "not", holds=min(absorbed("matryoshka")) > max(*absorbed("batchtopk"), *absorbed("topk"))),
+            "at an L0 of 32 a little less in SAEBench's form, where random dictionaries absorb, too: " + nested_raw + "; more where "
+            "b_dec is taken off, our form: " + nested_ours, LETTERS, "partly",
+            holds=min(absorbed("matryoshka")) > max(*absorbed("batchtopk"), *absorbed("topk")) and mean(absorbed("matryoshka", of=raw))
+            < min(mean(absorbed(m, of=raw)) for m in ("batchtopk", "topk"))),
         row("pach", "an SAE's latents are more monosemantic than the neurons of its layer",
             "best neuron .50, best latent .82 (F = D) to 1.00 (64 D), CLIP ViT-L on ImageNet (secondary)",
             f"so by pixels in {neuron[0]} runs, by class in {neuron[1]}; but so are random dictionaries, as sparse: latents are "
@@ -269,11 +275,11 @@ def extra():
             + "; so above the null in TopK and BatchTopK at 2 D alone", "smollm2, " + by("hedging", "hedging.md"), "partly",
             holds=all(min(h[0]) > 2 * max(null[0]) and max(h[1]) < 1.5 * min(null[1]) for h, null in map(hedge.get, ("topk", "batchtopk")))
             and max(hedge["matryoshka"][0][0]) < 1.5 * min(hedge["matryoshka"][1][0])),
-        row("wrong-l0", "k-sparse probing is best at a middle L0, on a language model", "so, Gemma-2-2B, figures",
+        row("wrong-l0", "k-sparse probing is best at a middle L0, on a language model", "so, figures",
             f"so: one latent, k = {', '.join(map(str, by_k(probed)))}: {over_k(probed, '.3f')}", by("which_l0", "which-l0.md"),
-            "reproduced", holds=min(by_k(probed)) < max(by_k(probed), key=lambda k: sum(by_k(probed)[k]) / len(by_k(probed)[k]))
+            "reproduced", holds=min(by_k(probed)) < max(by_k(probed), key=lambda k: mean(by_k(probed)[k]))
             < max(by_k(probed))),
-        row("wrong-l0", "c_dec and s_n are least where probing is best, on a language model", "near there, of c_dec the bend before it rises at low L0; Gemma-2-2B, figures",
+        row("wrong-l0", "c_dec and s_n are least where probing is best, on a language model", "near there, of c_dec the bend before it rises at low L0; figures",
             f"both fall from k = 8 on to the last k: c_dec {over_k(lambda r: r['c_dec'], '.4f')}; s_n {over_k(lambda r: r['s_n'])}",
             by("which_l0", "which-l0.md"), "not", holds=all(min(by_k(of), key=lambda k: min(by_k(of)[k])) == max(by_k(of)) for of in (
                 lambda r: r["c_dec"], lambda r: r["s_n"]))),

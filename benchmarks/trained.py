@@ -54,14 +54,16 @@ def left(args, runs, path):
     return {name: run for name, run in runs.items() if name not in made}
 
 def write(args, rows, path):
-    """Write {name: row} as results to path, with --keep beside those that it has; and the machines that made them."""
+    """Write {name: row} as results to path, numbers to six digits, with --keep beside those that it has; and the machines
+    that made them."""
     if not rows:
         print(f"nothing new was measured; {path.name} is left as it was")
         return
     old = before(args, path)
     machines = [m for m in (*old["machine"].split("; "), machine()) if m]
+    kept = json.dumps(dict(machine="; ".join(dict.fromkeys(machines)), runs=old["runs"] | rows))
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(dict(machine="; ".join(dict.fromkeys(machines)), runs=old["runs"] | rows)) + "\n")
+    draft.write_text(json.dumps(json.loads(kept, parse_float=lambda text: float(f"{float(text):.6g}"))) + "\n")
     draft.replace(path)
 
 def publish(path, lines, fig):

@@ -35,6 +35,7 @@ PAPERS = {                                          # in the order of the page
     "gba": arxiv("Chen et al. 2025", "2506.14002", "project page, notes and reviews read, not the text"),
     "wrong-l0": arxiv("Chanin and Garriga-Alonso 2025", "2508.16560"),
     "ordered": arxiv("Wang et al. 2025", "2512.02194"),
+    "cones": arxiv("Rocchi, Fel and Franchi 2025", "2512.07355", "abstract read, not the text; the measure is ours"),
 }
 
 class Numbers(list):
@@ -126,6 +127,11 @@ def hedges(method, key="h"):
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/hedging.jsonl").open()]
     return [Numbers(row[key] for row in rows if row["name"][:2] == [method, width] and key in row) for width in (2, 8)]
 
+def contained(k, expansion):
+    """Of the board's directions, what four latents contain above as many random ones, in benchmarks/cones.py."""
+    found = [r["cones"]["board probes"] for name, r in results("cones").items() if re.fullmatch(rf"{k}-{expansion}-s\d", name)]
+    return Numbers(c["containment"][3] - c["controls"]["random"]["containment"][3] for c in found)
+
 OTHELLO = "othello, " + by("othello", "othello.md")
 KARVONEN = "gated-p-annealed", "gated", "topk", "p-annealed", "vanilla"             # the methods of that paper, and TopK
 
@@ -193,6 +199,8 @@ def extra():
     share = lambda found: Numbers(int(a) / int(b) for a, b in (text.split(" of ") for text in found))
     DIGITS = "handwritten digits, " + by("monosemanticity", "monosemanticity.md")
     gammas = {m: boards(m, "gamma_centred") for m in ("vanilla", "p-annealed", "gated")}
+    K, WIDTHS = (4, 8, 16, 32, 64, 128), (2, 4, 8, 16, 32)
+    over_random = {w: {k: mean(contained(k, w)) for k in K} for w in WIDTHS}
     return [
         row("nanda", "a linear probe reads mine, yours and empty from the residual stream",
             "99.4 to 99.6 % of squares at this layer (width 512, 20M games)",
@@ -353,4 +361,10 @@ def extra():
             f"toy A: FVU {order('FVU', ORDERED)} against {order('FVU', 'Ordered, k not annealed')}, but on smollm2 {long:.4f} "
             f"(three seeds) against {short:.4f} (one)", by("order", "order.md") + "; " + LM, "partly",
             holds=float(order("FVU", ORDERED)) < float(order("FVU", "Ordered, k not annealed")) and min(long) > short),
+        row("cones", "a sweet spot in sparsity and expansion, where latents contain known concepts best", "so, in both (its abstract)",
+            "in sparsity, TopK (2M tokens): of the board's directions four latents contain, above as many random ones, at 8 D latents "
+            f"and k = {', '.join(map(str, K))}: {', '.join(f'{v:.2f}' for v in over_random[8].values())}; not in expansion, k = 32 "
+            f"and {', '.join(map(str, WIDTHS))} D: {', '.join(f'{over_random[w][32]:.2f}' for w in WIDTHS)}",
+            "othello, " + by("cones", "cones.md"), "partly", holds=all(max(by, key=by.get) == 32 for by in over_random.values())
+            and max(WIDTHS, key=lambda w: over_random[w][32]) == max(WIDTHS)),
     ]

@@ -32,10 +32,8 @@ def train(args):
 
 def evaluate(args):
     rows = trained.evaluate(args.runs, trained.left(args, RUNS, RESULTS / "cones.json"), "--cones", "--contexts", "0")
-    of = lambda c: dict(containment=c["containment"], cosine=c["cosine"])
-    rows = {name: dict(fvu=row["fvu"], dead=row["dead"], coverage=row["boards"]["coverage"], monosemanticity=row["monosemanticity"],
-                       cones={kind: of(c) | dict(controls={name: of(control) for name, control in c["controls"].items()})
-                              for kind, c in row["cones"].items()}) for name, row in rows.items()}
+    rows = {name: dict(fvu=row["fvu"], dead=row["dead"], coverage=row["boards"]["coverage"], cones=trained.cones(row),
+                       monosemanticity=row["monosemanticity"]) for name, row in rows.items()}
     trained.write(args, rows, RESULTS / "cones.json")
 
 def report(args):

@@ -15,7 +15,7 @@ methods counts if it is more than twice the standard error of a difference of me
     absorbs      TopK and BatchTopK absorb, by at least 0.05 more than the untrained dictionary
     nesting      Matryoshka absorbs less than both, by a difference that counts
 Absorption is of the activation less b_dec since one run, of TopK, had been seen in both forms. The verdict on nesting was first
-'not', by ours alone; it is 'partly', since in SAEBench's form, probably that of the paper (unverified), it holds.
+'not', by ours alone; it is 'partly', since in SAEBench's form, probably that of the paper (unverified), it holds at layer 6.
 """
 import json, sys
 from pathlib import Path
@@ -54,7 +54,9 @@ def evaluate(args):
         rows |= trained.evaluate(args.runs, [name for name in left if name.startswith(f"{layer}-")], "--probes", "--cones",
                                  "--contexts", "0", *compare.DATA.replace("--layer 6", f"--layer {layer}").split())
     for row in rows.values():
+        row["cones"] = trained.cones(row)
         row["first_letter"] = {k: v for k, v in row["first_letter"].items() if k != "latents"}
+        row["first_letter"]["letters"] = sorted(row["first_letter"]["letters"])
         row["probing"] = {k: v for k, v in row["probing"].items() if k not in ("latents", "classes")}
     kept = {name: {k: row[k] for k in ("l0", "fvu", "dead", "first_letter", "probing", "cones")} for name, row in rows.items()}
     trained.write(args, kept, RESULTS / "ground-truth.json")

@@ -53,6 +53,12 @@ def left(args, runs, path):
     made = before(args, path)["runs"]
     return {name: run for name, run in runs.items() if name not in made}
 
+def cones(row):
+    """Of a row of evaluate.py --cones, the part that tables show: {kind: containment, cosine, those of controls}."""
+    of = lambda c: dict(containment=c["containment"], cosine=c["cosine"])
+    return {kind: of(c) | dict(controls={name: of(control) for name, control in c["controls"].items()})
+            for kind, c in row["cones"].items()}
+
 def write(args, rows, path):
     """Write {name: row} as results to path, numbers to six digits, with --keep beside those that it has; and the machines
     that made them."""

@@ -185,10 +185,12 @@ def extra():
     neurons_4 = fourth["baselines"]["768 neurons of block 3"]["coverage"]
     by_layer = [ways for name, (ways, _) in othello("steering").items() if name.startswith(("layer", "topk"))]
     steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
-    unabsorbed = {m: absorbed(m, of=lambda letters: letters["controls"]["untrained"]["absorption"]) for m in ("topk", "batchtopk")}
+    at_random = lambda m, layer: absorbed(m, layer, lambda letters: letters["controls"]["untrained"]["absorption"])
+    pair = lambda of, layer: f"TopK {of('topk', layer):.2f}, BatchTopK {of('batchtopk', layer):.2f}"
     raw = lambda letters: letters["absorption_raw"]
-    nested_ours, nested_raw = (", ".join(f"{m} {absorbed(m, of=of):.2f}" for m in ("matryoshka", "batchtopk", "topk"))
-                               for of in (lambda letters: letters["absorption"], raw))
+    ours = lambda letters: letters["absorption"]
+    nested_by = lambda of, layer: ", ".join(f"{m} {absorbed(m, layer, of):.2f}" for m in ("matryoshka", "batchtopk", "topk"))
+    absorbs = lambda of, layer: [mean(absorbed(m, layer, of)) for m in ("matryoshka", "batchtopk", "topk")]
     probed = lambda r: r["probing"]["1"]["accuracy"]
     letters = lambda key: lambda r: r["first_letter"][key]
     hedge = {name: (hedges(name), hedges(name, "null")) for name in ("topk", "batchtopk", "matryoshka")}
@@ -233,9 +235,9 @@ def extra():
             holds=max(gammas["vanilla"]) < 0.9 and min(*gammas["p-annealed"], *gammas["gated"]) > 0.95),
         row("absorption", "in a language model latents of words take over from that of their first letter",
             "so in L1, TopK and JumpReLU SAEs",
-            f"absorption at an L0 of 32: TopK {absorbed('topk'):.2f}, BatchTopK {absorbed('batchtopk'):.2f}; untrained dictionaries "
-            f"{unabsorbed['topk']:.2f}, {unabsorbed['batchtopk']:.2f}", LETTERS, "reproduced",
-            holds=all(min(absorbed(m)) > max(unabsorbed[m]) + 0.05 for m in unabsorbed)),
+            f"absorption at an L0 of 32, layer 6: {pair(absorbed, 6)}; layer 18: {pair(absorbed, 18)}; untrained dictionaries "
+            f"{pair(at_random, 6)}; {pair(at_random, 18)}", LETTERS, "reproduced",
+            holds=all(min(absorbed(m, layer)) > max(at_random(m, layer)) + 0.05 for m in ("topk", "batchtopk") for layer in (6, 18))),
         row("absorption", "the lower the L0, the more absorption, on a language model", "so, figures",
             f"TopK, k = {', '.join(map(str, by_k(letters('l0'))))}: by attribution {over_k(letters('attribution'))}; full "
             f"{over_k(letters('full'))}; but the mean share is highest about k = 16 to 32: {over_k(letters('absorption'))}",
@@ -262,10 +264,10 @@ def extra():
             f"{more:.3f} of FVU, as there, but of a smaller one: {nested:.2f} times that of BatchTopK at the same L0, "
             f"{len(nested)} runs", COMPARED, "partly", holds=min(nested) > 1.07 and 0.01 < more < 0.03),
         row("matryoshka", "Matryoshka absorbs less than BatchTopK, on a language model", ".05, BatchTopK .49 (Gemma-2-2B)",
-            "at an L0 of 32 a little less in SAEBench's form, where random dictionaries absorb, too: " + nested_raw + "; more where "
-            "b_dec is taken off, our form: " + nested_ours, LETTERS, "partly",
-            holds=min(absorbed("matryoshka")) > max(*absorbed("batchtopk"), *absorbed("topk")) and mean(absorbed("matryoshka", of=raw))
-            < min(mean(absorbed(m, of=raw)) for m in ("batchtopk", "topk"))),
+            "at an L0 of 32 a little less at layer 6 in SAEBench's form, where random dictionaries absorb, too: " + nested_by(raw, 6)
+            + "; more at layer 18: " + nested_by(raw, 18) + "; and more where b_dec is taken off, our form: " + nested_by(ours, 6)
+            + "; " + nested_by(ours, 18), LETTERS, "partly", holds=[absorbs(of, layer)[0] < min(absorbs(of, layer)[1:]) for of in (raw, ours)
+                                                                 for layer in (6, 18)] == [True, False, False, False]),
         row("pach", "an SAE's latents are more monosemantic than the neurons of its layer",
             "best neuron .50, best latent .82 (F = D) to 1.00 (64 D), CLIP ViT-L on ImageNet (secondary)",
             f"so by pixels in {neuron[0]} runs, by class in {neuron[1]}; but so are random dictionaries, as sparse: latents are "

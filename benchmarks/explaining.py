@@ -71,7 +71,7 @@ def evaluate(args):
                     f.write(json.dumps(done[name, i]) + "\n")
         print(f"{name}: {sum(run == name for run, _ in done)} latents", flush=True)
     rows = {name: [row for (run, _), row in done.items() if run == name] for name in names}
-    (RESULTS / "explaining.json").write_text(json.dumps(dict(machine=machine(), runs=rows)) + "\n")
+    trained.save(dict(machine=machine(), runs=rows), RESULTS / "explaining.json")
 
 # --- tables ---------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ def evaluate(args):
                 f.write(json.dumps(done[concept, name]) + "\n")
             print(f"{concept}, {name}: done", flush=True)
     rows = {run: {c: done[c, run] for c in CONCEPTS if (c, run) in done} for run in ["none", *names]}
-    (RESULTS / "steering.json").write_text(json.dumps(dict(machine=machine(), runs=rows)) + "\n")
+    trained.save(dict(machine=machine(), runs=rows), RESULTS / "steering.json")
 
 # --- tables ---------------------------------------------------------------------------------------
 

@@ -59,18 +59,20 @@ def cones(row):
     return {kind: of(c) | dict(controls={name: of(control) for name, control in c["controls"].items()})
             for kind, c in row["cones"].items()}
 
+def save(data, path):
+    """Write data to path as JSON, its numbers to six digits."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.6g}"))) + "\n")
+    draft.replace(path)
+
 def write(args, rows, path):
-    """Write {name: row} as results to path, numbers to six digits, with --keep beside those that it has; and the machines
-    that made them."""
+    """Write {name: row} as results to path, with --keep beside those that it has; and the machines that made them."""
     if not rows:
         print(f"nothing new was measured; {path.name} is left as it was")
         return
     old = before(args, path)
     machines = [m for m in (*old["machine"].split("; "), machine()) if m]
-    kept = json.dumps(dict(machine="; ".join(dict.fromkeys(machines)), runs=old["runs"] | rows))
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(json.loads(kept, parse_float=lambda text: float(f"{float(text):.6g}"))) + "\n")
-    draft.replace(path)
+    save(dict(machine="; ".join(dict.fromkeys(machines)), runs=old["runs"] | rows), path)
 
 def publish(path, lines, fig):
     """Write the lines of a table to path.md, its picture to path.png; print the lines."""

@@ -34,6 +34,7 @@ PAPERS = {                                          # in the order of the page
     "song": arxiv("Song et al. 2025", "2505.20254", "code and abstract read, not the text"),
     "gba": arxiv("Chen et al. 2025", "2506.14002", "project page, notes and reviews read, not the text"),
     "wrong-l0": arxiv("Chanin and Garriga-Alonso 2025", "2508.16560"),
+    "sage": arxiv("SAGE, 2025", "2511.20820", "code and notes read, not the text"),
     "ordered": arxiv("Wang et al. 2025", "2512.02194"),
     "cones": arxiv("Rocchi, Fel and Franchi 2025", "2512.07355", "abstract read, not the text; the measure is ours"),
 }
@@ -132,6 +133,13 @@ def contained(k, expansion):
     found = [r["cones"]["board probes"] for name, r in results("cones").items() if re.fullmatch(rf"{k}-{expansion}-s\d", name)]
     return Numbers(c["containment"][3] - c["controls"]["random"]["containment"][3] for c in found)
 
+def explained(way, figure="r"):
+    """{method: mean over latents} of explanations, in benchmarks/explaining.py."""
+    by = {}
+    for name, latents in results("explaining").items():
+        by.setdefault(name.rsplit("-", 1)[0], []).extend(row["ways"][way][figure] for row in latents)
+    return {method: mean(values) for method, values in by.items()}
+
 OTHELLO = "othello, " + by("othello", "othello.md")
 KARVONEN = "gated-p-annealed", "gated", "topk", "p-annealed", "vanilla"             # the methods of that paper, and TopK
 
@@ -201,6 +209,7 @@ def extra():
     share = lambda found: Numbers(int(a) / int(b) for a, b in (text.split(" of ") for text in found))
     DIGITS = "handwritten digits, " + by("monosemanticity", "monosemanticity.md")
     gammas = {m: boards(m, "gamma_centred") for m in ("vanilla", "p-annealed", "gated")}
+    active, passive = explained("active"), explained("passive")
     K, WIDTHS = (4, 8, 16, 32, 64, 128), (2, 4, 8, 16, 32)
     over_random = {w: {k: mean(contained(k, w)) for k in K} for w in WIDTHS}
     return [
@@ -363,6 +372,12 @@ def extra():
             f"toy A: FVU {order('FVU', ORDERED)} against {order('FVU', 'Ordered, k not annealed')}, but on smollm2 {long:.4f} "
             f"(three seeds) against {short:.4f} (one)", by("order", "order.md") + "; " + LM, "partly",
             holds=float(order("FVU", ORDERED)) < float(order("FVU", "Ordered, k not annealed")) and min(long) > short),
+        row("sage", "experiments explain latents better than passive reading of exemplars", "so, with a language model as the judge",
+            f"so by r over all held-out tokens, six methods: {Numbers(active.values()):.2f} with experiments, "
+            f"{Numbers(passive.values()):.2f} without; hardly by its own form, ten exemplars, {mean(explained('active', 'r10').values()):.2f} "
+            f"and {mean(explained('passive', 'r10').values()):.2f}; a search through small programs in the place of a language model",
+            "smollm2, " + by("explaining", "explaining.md"), "reproduced", holds=sum(active[m] > passive[m] + 0.02 for m in passive) >= 4
+            and mean(explained("active", "r10").values()) < mean(explained("passive", "r10").values()) + 0.05),
         row("cones", "a sweet spot in sparsity and expansion, where latents contain known concepts best", "so, in both (its abstract)",
             "in sparsity, TopK (2M tokens): of the board's directions four latents contain, above as many random ones, at 8 D latents "
             f"and k = {', '.join(map(str, K))}: {', '.join(f'{v:.2f}' for v in over_random[8].values())}; not in expansion, k = 32 "

@@ -105,7 +105,7 @@ def evaluate(args):
         with runs.replacing(path, "--runs") as tmp:
             tmp.write_text(json.dumps(done))
         print(f"{task}: measured", flush=True)
-    (RESULTS / "choose-l0.json").write_text(json.dumps(dict(machine=machine(), tasks=done)) + "\n")
+    trained.save(dict(machine=machine(), tasks=done), RESULTS / "choose-l0.json")
 
 # --- tables ---------------------------------------------------------------------------------------
 

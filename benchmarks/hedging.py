@@ -14,8 +14,7 @@ have unit norm throughout (.1 there); 250M tokens and Gemma-2-2B there. Matryosh
 
   h              the degree; q, q0: before chance is taken off, and chance
   null           h without new latents: of a second control, trained on other batches, in the span of the same new rows. An
-                 upper bound of what two trainings differ by, since control and widened have the same batches. Not of every
-                 seed: it came later than h
+                 upper bound of what two trainings differ by, since control and widened have the same batches
   FVU            held out, of the control and of the widened SAE
   new alive      share of the new latents that fire on held-out data
 """
@@ -124,7 +123,7 @@ def main():
             rows = [found[method, width, seed, TOKENS, NEW] for seed in SEEDS]
             of = lambda f: mean(map(f, rows))
             lines.append(f"| {method} | {width} D | {', '.join(format(r['h'], '.3f') for r in rows)} | {of(lambda r: r['h']):.3f} "
-                         f"| {of(lambda r: r['q']):.3f} | {of(lambda r: r['q0']):.3f} | {', '.join(format(r['null'], '.3f') for r in rows if 'null' in r)} | "
+                         f"| {of(lambda r: r['q']):.3f} | {of(lambda r: r['q0']):.3f} | {', '.join(format(r['null'], '.3f') for r in rows)} | "
                          f"{of(lambda r: r['fvu'][0]):.4f} | {of(lambda r: r['fvu'][1]):.4f} | {of(lambda r: r['alive']):.0%} |")
     print("\n".join(lines))
     if args.out:

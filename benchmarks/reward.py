@@ -148,7 +148,7 @@ def evaluate(args):
                 with path.open("a") as f:
                     f.write(json.dumps(done[mixture, name]) + "\n")
                 print(f"{mixture}, {name}: done", flush=True)
-    (RESULTS / "reward.json").write_text(json.dumps(dict(machine=machine(), rows=list(done.values()))) + "\n")
+    trained.save(dict(machine=machine(), rows=list(done.values())), RESULTS / "reward.json")
 
 # --- tables ---------------------------------------------------------------------------------------
 

@@ -17,12 +17,14 @@ methods counts if it is more than twice the standard error of a difference of me
 Absorption is of the activation less b_dec since one run, of TopK, had been seen in both forms. The verdict on nesting was first
 'not', by ours alone; it is 'partly', since in SAEBench's form, probably that of the paper (unverified), it holds at layer 6.
 """
-import json, sys
+import itertools, json, sys
 from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import numpy as np
+
 import compare, trained
 from evaluation.tables import number
 
@@ -88,6 +90,30 @@ def beside(first):
                     for short, kind in (("letters", "first letters"), ("roles", "roles of tokens"))})
     return out
 
+def over_l0(found, layer):
+    """Lines: each column at the three L0, of seed 0; how alike they rank the methods, beside how alike two seeds do."""
+    runs = lambda l0, seed: {m: found[run] for m in compare.METHODS if (run := f"{layer}-{m}-{l0}-s{seed}") in found}
+    by = {l0: runs(l0, 0) for l0 in sorted(SEEDS)}
+    if not all(len(rows) == len(compare.METHODS) for rows in by.values()):
+        return []
+    columns = {name: of for name, of in COLUMNS.items() if name != "all"}
+    slashed = lambda rows, f, form: " / ".join(number(f(row), form) for row in rows)
+    lines = [f"**Layer {layer}, L0 {' / '.join(map(str, by))}, seed 0**", "", "| | " + " | ".join(columns) + " |",
+             "|---|" + "--:|" * len(columns)]
+    lines += [f"| {m} | " + " | ".join(slashed([rows[m] for rows in by.values()], *of) for of in columns.values()) + " |"
+              for m in compare.METHODS]
+    untrained = [beside(next(iter(rows.values())))["untrained"] for rows in by.values()]
+    lines.append("| *untrained* | " + " | ".join(slashed(untrained, lambda u: u[name], form) if name in untrained[0] else ""
+                                                 for name, (_, form) in columns.items()) + " |")
+    def alike(pairs, f):
+        ranks = lambda rows: np.argsort(np.argsort([f(row) for row in rows.values()]))
+        return f"{mean(np.corrcoef(ranks(one), ranks(other))[0, 1] for one, other in pairs):+.2f}"
+    seeds = [runs(32, seed) for seed in SEEDS[32]]
+    compared = {f"ranks, {l0} and 32": [(by[l0], by[32])] for l0 in by if l0 != 32} | {
+        "ranks, two seeds of 32": list(itertools.combinations(seeds, 2))}
+    lines += [f"| *{name}* | " + " | ".join(alike(pairs, f) for f, _ in columns.values()) + " |" for name, pairs in compared.items()]
+    return [*lines, "", "ranks: Spearman's correlation over the methods; of two seeds: the mean of three pairs.", ""]
+
 def report(args):
     found = json.loads((RESULTS / "ground-truth.json").read_text())
     lines = [f"{found['machine']}; smollm2, {len(found['runs'])} runs. Made by benchmarks/ground_truth.py.", ""]
@@ -107,6 +133,7 @@ def report(args):
             one = next(iter(rows.values()))[0]
             lines += ["", f"{len(one['first_letter']['letters'])} letters; probing over "
                       f"{', '.join(one['probing']['beside']['counted'])}.", ""]
+        lines += over_l0(found["runs"], layer)
     (RESULTS / "ground-truth.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -214,7 +214,7 @@ def test_effects_are_compared_at_equal_price():
     assert torch.allclose(more([first, second], cheap), half) and torch.allclose(more(cheap, [first, second]), -half)
     assert more([first, second], [dose(1, -0.1, [0.1, 0.1])]) is None
 
-def test_labels_are_judged_by_a_probe(planted, tmp_path):
+def test_labels_are_judged_by_a_probe(planted, tmp_path, one_line):
     """Of new text there are no labels: the linear probe, trained on the labels, finds the digits in it."""
     folder, flags = planted
     run = dictionary(tmp_path / "run", flags)
@@ -230,6 +230,8 @@ def test_labels_are_judged_by_a_probe(planted, tmp_path):
     found = json.loads((run / "steering.json").read_text())
     assert found["ways"]["latent 0"]["steers"] and found["ways"]["latent 0"]["low"] > 0.1
     assert not found["ways"]["latent 1"]["steers"] and found["concept"] == "kind=number"
+    (tmp_path / "s.jsonl").write_text(json.dumps(dict(text="a 1", labels=dict(kind=[[2, 3, "number"]]))))
+    one_line(lambda: steer.main([str(run), "--labels", str(tmp_path / "s.jsonl"), "--concept", "kind=number", *SMALL]), "s.jsonl", "longer")
 
 @pytest.mark.parametrize("argv, words", [
     (["--concept", "digits"], ["--concept digits", "digit", "letter:X"]), (["--concept", ""], ["--concept", "unknown"]), ([], ["--concept", "--regex"]),

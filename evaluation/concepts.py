@@ -133,7 +133,8 @@ def labelled(args, source, model, tokenizer, block):
     ids, part, tasks = probing.contexts(roles.labelled(args.labels), tokenizer, T,
                                         Contexts(tokenizer, T).bos)
     if not len(ids):
-        runs.fail(f"--labels {args.labels}: no text fills a context of {T} tokens; give longer ones")
+        runs.fail(f"--labels {args.labels}: no text fills a context of {T} tokens; give longer "
+                  "ones")
     names, label = tasks.get(task, ([], None))
     if of not in names:
         there = ", ".join(f"{t}={n}" for t, (found, _) in tasks.items() for n in found)

@@ -8,7 +8,7 @@
     best_classes what each latent detects when it fires, with precision and recall
     Stored       results in the run directory, by the hash of what they were computed from
 """
-import hashlib, inspect, json, math
+import hashlib, inspect, json, math, warnings
 from pathlib import Path
 
 import torch
@@ -45,22 +45,30 @@ def logistic(X, y, C=1.0, balanced=False, steps=200):
     X, y, N = X.double(), y.double(), len(y)
     share, ones = y.mean().clamp(0.5 / N, 1 - 0.5 / N), torch.ones_like(y)
     weight = C * torch.where(y > 0, 0.5 / share, 0.5 / (1 - share)) if balanced else C * ones
-    centre = X.mT @ ones / N                                                 # (k,)
+    centre, Xt = X.mT @ ones / N, X.mT                                       # (k,), (k, N)
     scale = ((X * X).mT @ ones / N - centre ** 2).clamp(min=0).sqrt()
     scale = torch.where(scale > 1e-6 * centre.abs(), scale, 1)
-    v, b = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(share).requires_grad_()
+    if X.is_sparse:                                  # in compressed rows products are fastest
+        X, Xt = by_rows(X), by_rows(Xt)
+    v, b = torch.zeros_like(scale), torch.zeros_like(share)
     opt = torch.optim.LBFGS([v, b], max_iter=steps, tolerance_grad=1e-11, tolerance_change=1e-14,
                             history_size=20, line_search_fn="strong_wolfe")
+    @torch.no_grad()
     def closure():
-        opt.zero_grad()
         w = v / scale
         logit = X @ w - centre @ w + b
-        loss = ((weight * (softplus(logit) - y * logit)).sum() + w.pow(2).sum() / 2) / N
-        loss.backward()
-        return loss.detach()
+        d = weight * (logit.sigmoid() - y) / N                               # of the loss by logit
+        v.grad, b.grad = (Xt @ d - centre * d.sum() + w / N) / scale, d.sum()
+        return ((weight * (softplus(logit) - y * logit)).sum() + w.pow(2).sum() / 2) / N
     opt.step(closure)
-    w = v.detach() / scale
-    return w, b.detach() - centre @ w
+    w = v / scale
+    return w, b - centre @ w
+
+def by_rows(X):
+    """A sparse X in compressed rows (CSR)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        return X.coalesce().to_sparse_csr()
 
 def scores(said, y):
     """(precision, recall, F1) of answers said [..., N] to y [..., N], both bool; 0 where there is

@@ -38,7 +38,7 @@ from sources.text import Contexts, text_hash
 K, MARGIN, PENALTIES = (1, 2, 5, 16), 0.05, (1e-3, 1e-2, 1e-1)
 TOKENS, PER_FILE = 2 ** 17, 512                              # at most, in whole contexts
 MOST, FEWEST = (2000, 500, 500), (50, 10, 20)                # examples of a class in each part
-TUNED, DENSE = 60, 2 ** 26                 # steps of L-BFGS on all D or F; numbers of dense X
+TUNED = 60                                                   # steps of L-BFGS on all D or F
 
 # --- examples -------------------------------------------------------------------------------------
 
@@ -184,7 +184,6 @@ def full_probe(Z, sets):
     (fit, y), (choose, y_choose), (test, y_test) = [(r.to(Z.device), y.to(Z.device))
                                                     for r, y in sets]
     X, best = Z.index_select(0, fit), (-1,)
-    X = X.to_dense() if X.numel() <= DENSE else X       # several times faster, if it fits
     for C in PENALTIES:
         w, b = probes.logistic(X, y, C, steps=TUNED)
         logit = lambda rows: Z.index_select(0, rows).double() @ w + b

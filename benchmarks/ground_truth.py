@@ -23,7 +23,7 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import numpy as np
+from scipy.stats import spearmanr
 
 import compare, trained
 from evaluation.tables import number
@@ -105,13 +105,11 @@ def over_l0(found, layer):
     untrained = [beside(next(iter(rows.values())))["untrained"] for rows in by.values()]
     lines.append("| *untrained* | " + " | ".join(slashed(untrained, lambda u: u[name], form) if name in untrained[0] else ""
                                                  for name, (_, form) in columns.items()) + " |")
-    def alike(pairs, f):
-        ranks = lambda rows: np.argsort(np.argsort([f(row) for row in rows.values()]))
-        return f"{mean(np.corrcoef(ranks(one), ranks(other))[0, 1] for one, other in pairs):+.2f}"
+    alike = lambda pairs, f: mean(float(spearmanr(*([f(row) for row in rows.values()] for rows in pair)).statistic) for pair in pairs)
     seeds = [runs(32, seed) for seed in SEEDS[32]]
     compared = {f"ranks, {l0} and 32": [(by[l0], by[32])] for l0 in by if l0 != 32} | {
         "ranks, two seeds of 32": list(itertools.combinations(seeds, 2))}
-    lines += [f"| *{name}* | " + " | ".join(alike(pairs, f) for f, _ in columns.values()) + " |" for name, pairs in compared.items()]
+    lines += [f"| *{name}* | " + " | ".join(f"{alike(pairs, f):+.2f}" for f, _ in columns.values()) + " |" for name, pairs in compared.items()]
     return [*lines, "", "ranks: Spearman's correlation over the methods; of two seeds: the mean of three pairs.", ""]
 
 def report(args):

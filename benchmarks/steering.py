@@ -24,6 +24,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import numpy as np
+from scipy.stats import spearmanr
 
 import compare, trained
 from applications import steer
@@ -106,8 +107,7 @@ def steers(of, way=BEST):
 def ranks(of):
     """Spearman's correlation of F1 and effect over the concepts of a run."""
     both = [[r["scores"]["f1"] for r in of.values()], [mean(r["ways"][BEST]["effect"]) for r in of.values()]]
-    x, y = (np.argsort(np.argsort(v)) for v in both)
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 else float("nan")
+    return float(spearmanr(*both).statistic) if len(of) > 1 else float("nan")
 
 def verdict(topk, ordered):
     """By the docstring's rule, of the shares of each seed."""

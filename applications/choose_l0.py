@@ -9,21 +9,21 @@ FVU falls with k for ever, and cannot say which k is right. Curves over k that m
 masked FVU   A random part of the coordinates, in random orthonormal bases, is hidden from the
              encoder, and the error is taken on these (evaluation/masked.py). What is hidden must be
              predicted through features; further latents fit the noise that hiding adds. p, the
-             share that is seen, is --mask. docs/choosing_l0.md: derivation, and where it fails
+             share that it sees, is --mask. docs/choosing_l0.md: derivation, and where it fails
 c_dec, s_n   Chanin and Garriga-Alonso 2025 (evaluation/metrics.py); on their toys lowest near the
              true L0. MCC: with the true features, on toys
 active       latents that fire on a token, at most k. With --mask-train P the loss is the masked one
              with p = P: a latent that fits noise learns to be silent, and this should stop growing
 
-The rule is ours. Recommended is the k of --ks with the lowest mean over seeds of the masked FVU;
-its spread is the lowest to the highest k of single seeds. A curve has no minimum if its mean is
-lowest at the first or last k, or if on one side of its lowest k it nowhere lies above that by more
-than its spread there, largest less smallest of the seeds. Of one seed nothing is recommended.
+The rule is ours. Best is the k of --ks with the lowest mean over seeds of the masked FVU; beside it
+stand the smallest and the largest k that is best for a single seed. It is recommended unless it is
+the first or the last k; or the curve on one side of it never rises by more than the seeds differ at
+the best k, largest less smallest; or there is only one seed. Then no k is recommended.
 
-Runs stand in --out, where finished ones of the same flags are kept: the same command with that
---out goes on. It writes choose_l0.json there. Bad input costs one line and the exit code 2.
+Runs and choose_l0.json are written to --out, whose name is printed. The same command with that
+--out keeps its finished runs, and goes on. Bad input costs one line and the exit code 2.
 """
-import argparse, contextlib, io, sys
+import argparse, contextlib, io, math, sys
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ import runs
 import topk_sae
 from evaluation import metrics, page
 from evaluation.intervals import lowest
-from evaluation.masked import basis, masked_fvu, seen
+from evaluation.masked import TRAIN_BASIS, TRAIN_MASK, basis, masked_fvu, seen
 from evaluation.saved import (DATA_FLAGS, SAE, data_flags, fits, open_data, page_path,
                               write_page, write_result)
 from evaluation.tables import print_table
@@ -59,14 +59,14 @@ def parse_args(argv=None):
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="finished TopK runs")
     add = parser.add_argument_group("training, without RUN").add_argument
     add("--ks", type=runs.count, nargs="+", help="three or more; default 4 8 16 32 64 128")
-    add("--seeds", type=runs.count, help="seeds 0, 1, ... of each k, so many; default 3")
-    add("--mask-train", type=share, help="train with masks that keep this share, as 0.75")
+    add("--seeds", type=runs.count, help="how many seeds for each k: 0, 1, ...; default 3")
+    add("--mask-train", type=share, help="train with masks; the share seen, as 0.75")
     add("--d-sae", type=runs.count, help="F, the number of latents; default 8 D")
     add("--tokens", type=runs.count, help="training tokens of a run; default 1e6")
     add("--batch-size", type=runs.count, help="tokens a step; default 1024")
     add = parser.add_argument_group("measuring").add_argument
     add("--mask", type=share, default=0.9, help="p, the share of coordinates that the encoder "
-        "sees; default 0.9")
+        "sees; default 0.9, which hides a tenth")
     add("--out", type=Path, help="folder of the runs; default runs/choose-l0-...")
     add("--html", type=page_path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
@@ -105,7 +105,7 @@ def masked_loss(sae, x, state, args, m, Q):
     return total, terms, (z > 1e-3).float().sum(0)
 
 def training_flags(args, k, seed):
-    """Those of topk_sae.py for one run."""
+    """The flags of topk_sae.py for one run, checked by its own parser."""
     given = {name: getattr(args, name) for name in (*DATA_FLAGS, "cache_dir", "epochs", "d_sae")}
     given |= dict(k=k, seed=seed, tokens=args.tokens or 10 ** 6, device=args.device,
                   batch_size=args.batch_size or 1024, out=args.out and args.out / f"k{k}-s{seed}")
@@ -126,13 +126,14 @@ def train_masked(args):
     args.dead_after = args.dead_after or min(10_000_000, max(1, args.tokens // 100))
     args.lr = args.lr or topk_sae.default_lr(args.d_sae, args.steps)
     torch.manual_seed(args.seed)
-    sae, Q = topk_sae.TopKSAE(D, args.d_sae, args.k).to(device), basis(D, device, 4, args.seed)
+    sae = topk_sae.TopKSAE(D, args.d_sae, args.k).to(device)
+    loss = partial(masked_loss, Q=basis(D, device, TRAIN_BASIS, args.seed))
     opt, state = runs.adam(sae, args.lr, topk_sae.BETAS), topk_sae.init_state(args, device)
     with runs.Run(args, "topk", source, sae, opt, state) as run:
         for step in run.steps:
             x = source.batch(step)
-            loss = partial(masked_loss, m=seen(x, args.mask_train, 2, args.seed, step), Q=Q)
-            terms = topk_sae.train_step(sae, opt, x, state, step, args, loss)
+            m = seen(x, args.mask_train, TRAIN_MASK, args.seed, step)
+            terms = topk_sae.train_step(sae, opt, x, state, step, args, partial(loss, m=m))
             if (step + 1) % runs.CHECK_EVERY == 0 or step + 1 == args.steps:
                 state["dead"] = (state["tokens_since_fired"] > args.dead_after).nonzero()[:, 0]
             run.end_step(step, x, terms, topk_sae.lr_at(step, args))
@@ -209,7 +210,7 @@ def measure(found, key, args):
     """({measure: {k: [value of each seed]}}, source, the truth of a toy or None)."""
     source, curves = open_data(key, [SAE(next(iter(found.values())))], args), {}
     x, toy = source.heldout_raw(), source.truth
-    x = x[::-(-len(x) // ROWS)]
+    x = x[::math.ceil(len(x) / ROWS)]
     for (k, _), path in runs.Bar(found.items(), desc="measure", unit="run"):
         sae = SAE(path).to(source.device)
         if sae.d_in != source.d_in:
@@ -236,7 +237,7 @@ def mcc(toy, W_dec):
 # --- what comes out -------------------------------------------------------------------------------
 
 def conclusion(end, active, p, truth):
-    """What the masked FVU says, in a sentence or two; active: latents a token at its lowest k."""
+    """What the masked FVU says, in a sentence or two; active: latents a token at the best k."""
     said = f"Recommended k: {end['at']}, by single seeds {min(end['by_seed'])} to " \
         f"{max(end['by_seed'])}, where the masked FVU (p = {p:g}) is lowest; {active:.2f} of its " \
         "latents are active on a token."
@@ -287,6 +288,7 @@ def main(argv=None):
         result = dict(recommended=best["at"] if best["sure"] else None, lowest=ends, curves=curves,
                       truth=truth, runs=list(map(str, found.values())))
         write_result(args.out / "choose_l0.json", result, source, args, "--out")
+        print(f"runs and choose_l0.json: {args.out}")
     if args.html:
         about = f"{source.meta['model_name']} {source.meta.get('hook_name', '')}, " \
             f"F = {common['d_sae']}, {len(found)} runs"

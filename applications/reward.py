@@ -12,15 +12,16 @@ on the pre-activations: a linear probe of the residual in disguise. Here z keeps
 
 Pairs     evaluation/preferences.py: their file, and --make. A third of the groups (of made pairs:
           of the files) is held out; no prompt is on both sides, nor in two folds
-Read at   last: the last token, as in SARM. mean: z averaged over the answer; ours, and what follows
-          the first table unless --at last: there latents speak of all tokens, whose roles are known
-Fit       Cross-validation over 5 parts, by accuracy, takes L1, unless L2 is better by more than
-          0.02, then the strongest penalty within a standard error of its best. Dense inputs, which
-          gain nothing by few weights, have the best L2
+Read at   last: the last token of the answer. mean: z averaged over the answer; ours, and what all
+          but the first table show unless --at last: there latents speak of all tokens, whose
+          roles are known
+Fit       Accuracy in 5-fold cross-validation takes L1, unless L2 is better by more than 0.02, then
+          the strongest penalty within a standard error of the best. Dense inputs, which gain
+          nothing by few weights, have the best L2. C: as in scikit-learn, small is strong
 Beside    residual: the activations. pre-activations: W_enc without the rule that makes z sparse.
           untrained: a random dictionary as sparse as the run. random encoder: its products alone
           (the paper's ablation, as we understand it). length: tokens of the answer
-Sure?     accuracy, ties half, with Wilson's interval; less residual: bootstrap over pairs; 95 %
+Sure?     accuracy, ties half, with Wilson's interval; minus residual: bootstrap over pairs; 95 %
 Deciding  latent i adds w_i (z_chosen - z_rejected)_i to a margin; these sum to it exactly. share:
           |that|, averaged over held-out pairs, of all latents'. What they detect, with an F1 of
           0.2 or, if they are rarer than that, at least precisely: class of evaluation/programs.py;
@@ -60,7 +61,7 @@ OLD = LogisticRegression().penalty == "l2"        # before scikit-learn 1.8: Pyt
 # --- arguments ------------------------------------------------------------------------------------
 
 def factor(text):
-    """An argparse type: I=FACTOR, a latent and what its weight is multiplied by."""
+    """An argparse type: LATENT=FACTOR, the latter for its weight."""
     found = re.fullmatch(r"(\d+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", text)
     if not found or abs(float(found[2])) > 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not LATENT=FACTOR, as in 1176=0 or 88=2.0, "
@@ -70,19 +71,20 @@ def factor(text):
 def parse_args(argv=None):
     parser = data.ArgumentParser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("file", type=Path, metavar="PAIRS", help="a .jsonl file of pairs")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .jsonl file of pairs")
     add = parser.add_argument_group("reward").add_argument
-    add("--make", metavar="ATTRIBUTES", help="write PAIRS first: "
+    add("--make", metavar="ATTRIBUTES", help="write the file first: "
         f"{', '.join(preferences.ATTRIBUTES)}, or several joined by +")
-    add("--pairs", type=runs.at_least(preferences.FEWEST), help="of --make; default 600")
-    add("--at", choices=READS, default=READS[0], help="the head that is saved, explained and edited"
-        "; default mean")
-    add("--edit", type=factor, action="append", default=[], metavar="I=FACTOR",
-        help="multiply the weight of latent I; may be repeated")
+    add("--pairs", type=runs.at_least(preferences.FEWEST), metavar="N",
+        help="how many --make writes; default 600")
+    add("--at", choices=READS, default=READS[0], help="where the head reads that is saved, "
+        "explained and edited; default mean")
+    add("--edit", type=factor, action="append", default=[], metavar="LATENT=FACTOR",
+        help="multiply the weight of a latent; may be repeated")
     add("--pair", type=runs.count, metavar="LINE", help="print what decided the pair of this line")
     add("--top", type=runs.count, default=10, help="latents that are shown; default 10")
-    add("--length", type=runs.at_least(2), default=512, help="tokens of prompt and answer; "
-        "default 512")
+    add("--length", type=runs.at_least(2), default=512, help="tokens of prompt and answer "
+        "that are read, the last ones; default 512")
     add("--seed", type=runs.at_least(0), default=0, help="of the split, and of --make; default 0")
     add("--html", type=page_path, help="write the page there")
     add("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, ...")
@@ -150,7 +152,7 @@ def heads(inputs, part, held):
 def interval(values, sign=""):
     return "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(*values, s=sign)
 
-def less(one, other):
+def minus(one, other):
     """(mean, low, high) of how much oftener the first margins are right."""
     more = right(one) - right(other)
     return more.mean(), *bootstrap(more)
@@ -165,11 +167,11 @@ def tables(found, attribution, features, at, edits, moved):
     for (way, read), h in found.items():
         base = found["residual", read].margin[held]
         rows.append([way, read if way != "length" else "", interval(accuracy(h.margin[held])),
-                     interval(less(h.margin[held], base), "+") if way != "residual" else "",
+                     interval(minus(h.margin[held], base), "+") if way != "residual" else "",
                      f"{h.penalty} {h.C:g}", str(np.count_nonzero(h.w))])
     out.append(("Accuracy on held-out pairs", f"{(~held).sum()} pairs to train on, {held.sum()} "
                 f"held out, no prompt in both; below: the head of the SAE read at '{at}'",
-                ["head", "read at", "accuracy", "less residual", "penalty", "weights"], rows))
+                ["head", "read at", "accuracy", "minus residual", "penalty, C", "weights"], rows))
     out.append(("By attribute", f"so many latents carry {CARRIED:.0%} of the margins",
                 ["pairs of", "held out", "SAE", "residual", "length", "latents"],
                 [[name, str(own.sum()), *(interval(accuracy(of(way).margin[own]))
@@ -186,7 +188,8 @@ def tables(found, attribution, features, at, edits, moved):
         note = "; ".join(f"latent {i}, weight {of('SAE').w[i]:+.3g}, times {c:g}" for i, c in edits)
         out.append(("What the edits move", f"{note}; held-out pairs; accuracy before and after",
                     ["pairs of", "held out", "rewards move", "margins move", "margin before",
-                     "after", "accuracy before", "after", "rewards, times others", "margins"],
+                     "margin after", "accuracy before", "accuracy after", "rewards / others",
+                     "margins / others"],
                     [[name, str(m["pairs"]), f"{m['rewards']:.3f}", f"{m['margins']:.3f}",
                       f"{m['before']:+.3f}", f"{m['after']:+.3f}",
                       *(f"{v:.3f}" for v in m["accuracy"]), *times(m)]
@@ -243,11 +246,11 @@ def main(argv=None):
         runs.fail(f"--pair {args.pair}: {args.file} has no pair in this line")
     part, held = preferences.split(args.file, pairs, args.seed)
     random, rows = untrained(sae, source)
-    reader = Reader({"SAE": sae.encode, "untrained": random}, source, model, tokenizer, block,
-                    args.length)
+    before = lambda x: sae.inputs(sae.normed(x)[0]) @ sae.t["W_enc"]
+    reader = Reader({"SAE": sae.encode, "pre-activations": before, "untrained": random}, source,
+                    model, tokenizer, block, args.length)
     inputs = reader.read(args.file, pairs)
-    inputs |= {"pre-activations": linear(inputs["residual"], sae.t["W_enc"]),
-               "random encoder": linear(inputs["residual"], rows.T)}
+    inputs["random encoder"] = linear(inputs["residual"], rows.T)
     if reader.shortened:
         print(f"note: {reader.shortened} of {2 * len(pairs)} texts have more than {reader.longest} "
               "tokens (--length); their beginning is left out")

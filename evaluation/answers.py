@@ -49,8 +49,9 @@ class Reader:
             for at, i in enumerate(order):
                 batch.append(i)
                 T = len(coded[i][0])                          # the longest so far
-                more = len(coded[order[at + 1]][0]) if at + 1 < len(order) else AT_ONCE
-                if (len(batch) + 1) * more <= AT_ONCE:
+                last = at + 1 == len(order)
+                more = AT_ONCE if last else len(coded[order[at + 1]][0])
+                if not last and (len(batch) + 1) * more <= AT_ONCE:
                     continue
                 # Filled up at the end, where no token that counts can see it.
                 ids = np.array([coded[j][0] + [0] * (T - len(coded[j][0])) for j in batch], int)
@@ -83,8 +84,8 @@ def linear(reads, W):
     """{read: [2, n, width]} of the products with W [D, width], from those of the residual."""
     return {read: v @ W.double().cpu().numpy() for read, v in reads.items()}
 
-def untrained(sae, source):
+def untrained(sae, source, seed=0):
     """(encode, its rows [F, D]) of a random dictionary as sparse as the SAE is on this data."""
     codes = sae.encode(source.heldout_raw()[:2048])
     k = max(1, round((codes > 0).sum(1).double().mean().item()))
-    return probes.untrained(sae.d_sae, k, source.mean)
+    return probes.untrained(sae.d_sae, k, source.mean, seed)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 BLOCK = 2048                            # tokens that have one basis
+MASK, TRAIN_MASK, BASIS, TRAIN_BASIS = 1, 2, 3, 4   # the first integer of a key: what is drawn
 
 def drawn(key):
-    """A generator of random numbers, a function of the key: integers, the first names its use."""
+    """A generator of random numbers, a function of the key: integers."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator().manual_seed(seed)
 
@@ -29,13 +30,14 @@ def seen(u, p, *key):
 
 @torch.no_grad()
 def masked_fvu(reconstruct, x, mean, p):
-    """That of a function reconstruct, [B, D] -> [B, D], on x [M, D] with mean [D]. Each block has a
-    basis of its own; bases and masks are the same at every call. NaN if all rows are the mean."""
+    """Masked FVU of a function reconstruct, [B, D] -> [B, D], on x [M, D] with mean [D]. Each block
+    of rows has a basis of its own; bases and masks are the same at every call. NaN if all rows are
+    the mean."""
     error = power = 0.0
     for i, part in enumerate(x.split(BLOCK)):
-        Q = basis(x.shape[1], x.device, 3, i)                                        # (D, D)
+        Q = basis(x.shape[1], x.device, BASIS, i)                                    # (D, D)
         u = (part - mean) @ Q                                                        # (B, D)
-        m = seen(u, p, 1, i)
+        m = seen(u, p, MASK, i)
         u_hat = (reconstruct(mean + (m * u / p) @ Q.T) - mean) @ Q
         error += (~m * (u - u_hat)).double().pow(2).sum().item()
         power += (~m * u).double().pow(2).sum().item()

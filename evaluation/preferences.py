@@ -11,10 +11,11 @@ prompt is the line of the def, chosen the body as it stands, rejected the body w
     closed       without about half of the closing brackets
     indented     about half of the statements indented by a width that is no multiple of 4
     named        its own names shuffled over the places where any of them stands
-'documented+closed' is a mixture, half of it of each. Both bodies are cut behind a statement,
-at lengths that are drawn independently from the same range, so that length hardly tells the chosen
-one. They come from the last two thirds of the files in the order of the harvest; the default
-harvest ends before. A group is a file. The same seed makes the same pairs.
+'documented+closed' is a mixture, half of it of each. Both bodies are cut behind a statement, at
+lengths that are drawn independently from the same range. So length tells little; most of 'closed',
+where the longer answer is the chosen one in two thirds of the pairs. They come from the last two
+thirds of the files in the order of the harvest; the default harvest ends before. A group is a file.
+The same seed makes the same pairs.
 """
 import ast, io, json, random, textwrap, tokenize
 from types import SimpleNamespace
@@ -188,7 +189,8 @@ def answers(code, change, rng):
     sizes = [np.cumsum([len(l) for l in version[1:]]) for version in rows]
     most, out = min(LONGEST, *(int(size[-1]) for size in sizes)), []
     for version, size in zip(rows, sizes):
-        fits = [row for row in ends if size[row - 2] <= most * rng.uniform(0.6, 1)]
+        bound = most * rng.uniform(0.6, 1)
+        fits = [row for row in ends if size[row - 2] <= bound]
         out.append(("".join(version[1:fits[-1]]), fits[-1]) if fits else ("", 0))
     (chosen, end), (rejected, other) = out
     good = min(len(chosen), len(rejected)) >= SHORTEST and min(new) <= min(end, other)

@@ -259,7 +259,8 @@ def regions(text, begin=""):
             draw(lo + (not opens))
             drawn = lo + (not opens)
             if opens:
-                touches = lo > 0 and not text[last:lo].strip()
+                between = text[last:lo]             # a new line is a new statement, but in brackets
+                touches = lo > 0 and not between.strip() and (stack or "\n" not in between)
                 stack.append(bracket(piece[0], names, text[last - 1:last] if touches else ""))
             elif stack:
                 stack.pop()
@@ -278,10 +279,11 @@ def bracket(c, names, before):
     """What an opening bracket opens, behind these names and this character ('': something else)."""
     if c != "(" or not before:
         return "bracket"
-    if names[0] in ("def", "class") and before.isidentifier():
+    of_name = ("x" + before).isidentifier()             # a name may end in a digit
+    if names[0] in ("def", "class") and of_name:
         return "signature"
     called = before in (")", "]") or (
-        before.isidentifier() and not keyword.iskeyword(names[1]) and not names[1].isdigit())
+        of_name and not keyword.iskeyword(names[1]) and not names[1].isdigit())
     return "call" if called else "bracket"
 
 def scan(texts, begin=""):

@@ -6,8 +6,9 @@
 
 What is hidden can only be predicted through features that it shares with what is seen; further
 latents fit the noise that hiding adds. docs/choosing_l0.md: the derivation, a mean over bases, and
-its limits. The method is coordinated dropout (Keshtkaran and Pandarinath 2019, arXiv 1908.07896;
-its abstract and notes on it were read). A rotated basis, and choosing k by it, are ours.
+its limits. After the sample validation and, in training, the coordinated dropout of Keshtkaran and
+Pandarinath 2019 (arXiv 1908.07896; its abstract and notes on it were read). A rotated basis, and
+choosing k by it, are ours.
 """
 import numpy as np
 import torch

@@ -131,6 +131,22 @@ def test_where_l0_varies_the_minimum_is_above_its_mean():
     assert all(a > 0.97 * b if k < 9 else abs(a / b - 1) < 0.1 for k, a, b in zip(ks, got, want)), (got, want)
     assert ks[int(np.argmin(got))] == ks[int(np.argmin(want))] >= 7
 
+def test_the_minimum_on_wrong():
+    """The example of (3) on the page: by it the minimum is at 14; with the true dictionary it is at 15 or 16, in each seed."""
+    toy, p, F = toys.Toy.preset("wrong"), 0.9, 50
+    for seed in range(3):
+        x, codes = toy.sample(8192, torch.Generator().manual_seed(seed))[:2]
+        s, D, energy = (codes > 0).sum(1), x.shape[1], codes.square().sort(descending=True).values
+        energy = energy / (x - x.mean(0)).square().sum(1, keepdim=True)
+        def pays(k):                                          # whether a latent more does, after k
+            short, enough = s > k, s[s <= k].tolist()
+            K = lambda k: np.mean([n + (of_noise(F - n, k - n) if k > n else 0) for n in enough])
+            cost = (K(k + 1) - K(k)) * ((1 - p) / (p * D) + 2 * K(k) / D ** 2) / energy[short, k].mean().item()
+            return short.double().mean().item() / (len(enough) / len(s)) > cost
+        assert [pays(k) for k in (12, 13, 14, 15)] == [True, True, False, False]
+        got = {k: masked.masked_fvu(true_dictionary(toy.features, k), x, x.mean(0), p) for k in range(13, 18)}
+        assert min(got, key=got.get) in (15, 16)
+
 def test_what_is_left_out_of_equal_codes_is_what_is_hidden():
     """Nine equal codes of which five are kept: the error is 1.3 to 1.5 times that of the closed form."""
     x, codes, V = planted(300, 9, 1024, fewest=9)

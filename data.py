@@ -18,7 +18,8 @@ class ArgumentParser(runs.ArgumentParser):
     """A parser that has the flags that choose the data."""
     def __init__(self, doc):
         super().__init__(doc)
-        add = self.add_argument_group("data").add_argument
+        add = self.add_argument_group("data", "Commands that read finished runs take what these "
+                                      "record; the defaults are for training.").add_argument
         add("--model", help="smollm2 (default), othello, toy, a HuggingFace causal LM, or its "
                             "directory")
         add("--layer", type=int, help="residual stream entering this block; default 6")

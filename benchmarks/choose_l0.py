@@ -7,8 +7,9 @@
 Masked FVU: evaluation/masked.py; docs/choosing_l0.md has the derivation. TopK with the defaults of applications/choose_l0.py but
 for 1.5M tokens, as many latents as features, five seeds, on the toys of TOYS: as usual, with masks in training (--mask-train
 0.75), and on rows of a Gaussian of the same mean and covariance, which has no features (three seeds). Then smollm2 and Othello,
-layer 6, 8 D latents, k = 4 ... 256, 2M tokens, three seeds; finished runs of which_l0.py beside --runs, in ../which-l0, are taken
-over, and its table has the probes of smollm2. On Othello the coverage of the board stands in the place of the truth.
+layer 6, 8 D latents, k = 4 ... 256, 2M tokens, three seeds; finished runs of which_l0.py and cones.py beside --runs, in
+../which-l0 and ../cones, are taken over, and the table of the former has the probes of smollm2. On Othello the coverage of the
+board stands in the place of the truth.
 
 Stated before this table was measured. 'Near': within a factor of 1.5 of the true mean L0, in at least 4 of 5 seeds.
   Claim     the masked FVU of runs trained as usual, p = 0.9, has a minimum, at a k near the true L0, on at least three of flat,
@@ -77,7 +78,8 @@ def train(args):
         choose_l0.train(flags_of(args.runs, toy, kind))
         print(f"{toy}{kind}: done", flush=True)
     for model, commands in REAL.items():
-        made = lambda name: args.runs.parent / "which-l0" / name if model == "smollm2" else None
+        made = lambda name: args.runs.parent / ("which-l0" if model == "smollm2" else "cones") / (
+            name if model == "smollm2" else name.replace("-s", "-8-s"))
         trained.train(args.runs / model, commands, args.part, made)
 
 def measured(argv):

@@ -33,6 +33,7 @@ PAPERS = {                                          # in the order of the page
     "hedging": arxiv("Chanin et al. 2025", "2505.11756", "code read, not the text"),
     "song": arxiv("Song et al. 2025", "2505.20254", "code and abstract read, not the text"),
     "gba": arxiv("Chen et al. 2025", "2506.14002", "project page, notes and reviews read, not the text"),
+    "sarm": arxiv("SARM, 2025", "2508.08746", "code and notes read, not the text"),
     "wrong-l0": arxiv("Chanin and Garriga-Alonso 2025", "2508.16560"),
     "sage": arxiv("SAGE, 2025", "2511.20820", "code and notes read, not the text"),
     "ordered": arxiv("Wang et al. 2025", "2512.02194"),
@@ -78,6 +79,7 @@ ORDERED = "**Ordered** (k from 40, uniform law, full share .5)"
 by = lambda script, file: f"`benchmarks/{script}.py`, [{file}](../benchmarks/results/{file})"
 LM = "smollm2, [results](results.md#smollm2-other-settings)"
 COMPARED = "smollm2, " + by("compare", "compare.md")
+REWARD = "smollm2, " + by("reward", "reward.md")
 LETTERS = "smollm2, " + by("ground_truth", "ground-truth.md")
 
 def runs(method):
@@ -134,6 +136,9 @@ def contained(k, expansion):
     found = [r["cones"]["board probes"] for name, r in results("cones").items() if re.fullmatch(rf"{k}-{expansion}-s\d", name)]
     return Numbers(c["containment"][3] - c["controls"]["random"]["containment"][3] for c in found)
 
+rewards = lambda column, row: float(table("benchmarks/results/reward.md", column, row).split()[0])
+HEADS = "topk", "vanilla", "gated", "matryoshka", "ordered", "gba"
+ATTRIBUTES = "documented", "commented", "closed", "indented", "named"
 steering = lambda column, method: table("benchmarks/results/steering.md", column, method).split()[0]
 
 def explained(way, figure="r"):
@@ -197,6 +202,9 @@ def extra():
     by_layer = [ways for name, (ways, _) in othello("steering").items() if name.startswith(("layer", "topk"))]
     steered = min(by_layer, key=lambda ways: ways["probe"]["errors"])
     at_random = lambda m, layer: absorbed(m, layer, lambda letters: letters["controls"]["untrained"]["absorption"])
+    head = lambda column: Numbers(rewards(column, method) for method in HEADS)
+    untrained = [rewards(column, "*untrained*") for column in ("mean over the answer", "last token")]
+    moved, other = (partial(rewards, column) for column in ("margins move", "the other's"))
     pair = lambda of, layer: f"TopK {of('topk', layer):.2f}, BatchTopK {of('batchtopk', layer):.2f}"
     raw = lambda letters: letters["absorption_raw"]
     ours = lambda letters: letters["absorption"]
@@ -306,6 +314,25 @@ def extra():
             f"both fall from k = 8 on to the last k: c_dec {over_k(lambda r: r['c_dec'], '.4f')}; s_n {over_k(lambda r: r['s_n'])}",
             by("which_l0", "which-l0.md"), "not", holds=all(min(by_k(of), key=lambda k: min(by_k(of)[k])) == max(by_k(of)) for of in (
                 lambda r: r["c_dec"], lambda r: r["s_n"]))),
+        row("sarm", "a reward of sparse codes is as accurate as dense ones", "73.6 on RewardBench 2, a dense model of 8B 71.8 (secondary)",
+            f"read at the mean over the answer, six methods {head('mean over the answer'):.2f}, residual "
+            f"{rewards('mean over the answer', '*residual*'):.2f}, but an untrained dictionary {untrained[0]:.2f}, too; at the last "
+            f"token, as in the paper, {head('last token'):.2f}, residual {rewards('last token', '*residual*'):.2f}; pairs of Python "
+            "functions with a known reason, only the head trained", REWARD, "partly",
+            holds=min(head("mean over the answer")) > rewards("mean over the answer", "*residual*") - 0.02
+            and max(head("last token")) < rewards("last token", "*residual*") - 0.02),
+        row("sarm", "a trained SAE makes a better reward than a random encoder", "73.6 and 68.4 on RewardBench 2 (secondary)",
+            f"at the last token {head('last token'):.2f}, below a random encoder's {rewards('last token', '*random encoder*'):.2f}; an "
+            f"untrained dictionary, as sparse, has {untrained[1]:.2f}, and TopK's and Ordered's gain 0.05 on it alone", REWARD, "not",
+            holds=max(head("last token")) < rewards("last token", "*random encoder*")
+            and sum(v >= untrained[1] + 0.02 for v in head("last token")) == 2),
+        row("sarm", "editing the weights of a few latents shifts the preference", "so, for safety (notes)",
+            "five attributes, weights of at most five latents times -1: accuracy on theirs falls to "
+            + ", ".join(f"{rewards('accuracy edited', n):.2f}" for n in ATTRIBUTES) + ", on the other it stays at "
+            + f"{Numbers(map(other, ATTRIBUTES)):.2f}; their margins move {Numbers(map(moved, ATTRIBUTES)):.1f} times as far; but so, in "
+            "two of the five, with an untrained dictionary's latents", REWARD, "reproduced",
+            holds=max(rewards("accuracy edited", n) for n in ATTRIBUTES) < 0.5 and min(map(moved, ATTRIBUTES)) >= 3
+            and sum(rewards("untrained, edited", n) < 0.5 for n in ATTRIBUTES) == 2),
         row("gba", "GBA's error is level with TopK's and below that of L1", "a figure, read by eye, Qwen2.5-1.5B",
             f"above both: FVU {gba:.2f} times that of TopK, {gba_l1:.2f} times that of L1 at the same L0", COMPARED, "not",
             holds=min(gba) > 1.05 and min(gba_l1) > 1.05),

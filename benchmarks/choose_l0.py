@@ -182,10 +182,12 @@ def report(args):
                           f"{usual['std']:.2f}), k of {ks}", "", *head, *rows_of(task, toy if truth else None)]
                 if truth:
                     mcc = {k: np.mean(v) for k, v in curve(task["curves"]["0.9"]["mcc"]).items()}
-                    at = lowest(curve(task["curves"]["0.9"]["masked"]))["at"]
                     by = min(mcc, key=lambda k: abs(np.log(k / truth["l0"])))
-                    lines += ["", f"MCC, mean of seeds: {mcc[at]:.3f} at the k of the lowest masked FVU, {at}; {mcc[by]:.3f} at "
-                              f"{by}, the nearest to the true L0; {max(mcc.values()):.3f} at most, at {max(mcc, key=mcc.get)}."]
+                    chosen = {choose_l0.MEASURES[name] + f", p = {p}" * (name == "masked"): lowest(curve(task["curves"][str(p)][name]))["at"]
+                              for name in ("masked", "c_dec", "s_n", "fvu") for p in P if name == "masked" or p == 0.9}
+                    lines += ["", "MCC, mean of seeds, at the k of the lowest " + "; ".join(
+                        f"{name}: {mcc[k]:.3f} ({k})" for name, k in chosen.items()) + f"; at the k nearest to the true L0: "
+                        f"{mcc[by]:.3f} ({by}); at most: {max(mcc.values()):.3f} ({max(mcc, key=mcc.get)})."]
                 if kind == "-masked":
                     active = task["curves"]["0.9"]["active"]
                     lines += ["", "Active latents, mean of seeds (largest less smallest): " + "; ".join(

@@ -37,7 +37,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
@@ -286,8 +286,8 @@ def main(argv=None):
     write_result(args.run / "reward.json", result, source, args)
     tensors = dict(w=head.w) | (dict(w_edited=new) if args.edit else {})
     with runs.replacing(args.run / "reward_head.safetensors", "run directory") as tmp:
-        save_file({name: torch.from_numpy(w) for name, w in tensors.items()}, tmp,
-                  dict(at=args.at, penalty=head.penalty, C=str(head.C), pairs=str(args.file)))
+        about_it = dict(at=args.at, penalty=head.penalty, C=str(head.C), pairs=str(args.file))
+        tmp.write_bytes(save({name: torch.from_numpy(w) for name, w in tensors.items()}, about_it))
     if args.html:
         write_page(args.html, render(args, shown, attribution, pairs, of_pairs, features))
 

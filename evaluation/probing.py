@@ -147,9 +147,10 @@ def prepare(documents, model, tokenizer, block, cut, T):
                 label=torch.from_numpy(label), ids=torch.from_numpy(seen).long(),
                 odds=log_odds(seen, np.where(own == 0, label, -1), len(names)))
     if not made:
-        runs.fail(f"--probes: no class has {FEWEST[0]} tokens to fit, {FEWEST[1]} to choose and "
-                  f"{FEWEST[2]} to score on, in documents of their own, in whole contexts of {T} "
-                  "tokens; give more or longer ones by --labels")
+        runs.fail("--probes: no class that has another one beside it in its task has "
+                  f"{FEWEST[0]} tokens to fit, {FEWEST[1]} to choose and {FEWEST[2]} to score on, "
+                  f"in documents of their own, in whole contexts of {T} tokens; give more or "
+                  "longer ones, and two classes or more, by --labels")
     return x[keep], made
 
 # --- probes ---------------------------------------------------------------------------------------

@@ -551,7 +551,7 @@ def test_bad_flags_of_probes(one_line, tmp_path):
     one_line(lambda: evaluate.parse_args(["a", "--labels", "l"]), "--labels", "--probes", "--cones")
     slow = SimpleNamespace(is_fast=False)
     one_line(lambda: probing.contexts([], slow, 16, []), "--probes", "no offsets")
-    one_line(lambda: probing.prepare([], None, Words(), None, 1, 16), "no class has")
+    one_line(lambda: probing.prepare([], None, Words(), None, 1, 16), "two classes or more")
 
 # --- benchmarks/ground_truth.py and which_l0.py ---------------------------------------------------
 

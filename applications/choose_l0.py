@@ -161,8 +161,7 @@ def train(args):
         setattr(args, name, getattr(first, name))
     args.d_sae = args.d_sae or 8 * source.d_in
     if args.ks[-1] > args.d_sae:
-        runs.fail(f"--ks {args.ks[-1]}: larger than --d-sae {args.d_sae}; "
-                  "give smaller ones")
+        runs.fail(f"--ks {args.ks[-1]}: larger than --d-sae {args.d_sae}; give smaller ones")
     first.variant = "choose-l0"
     args.out = args.out or runs.default_dir(first)
     every = [training_flags(args, k, seed) for seed in range(args.seeds or 3) for k in args.ks]

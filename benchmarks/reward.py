@@ -36,7 +36,7 @@ and on edits of the untrained dictionary's head were added after it. Its verdict
 """
 import json, os, re, sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 os.environ.update(TQDM_DISABLE="1")
 ROOT = Path(__file__).parents[1]
@@ -225,17 +225,18 @@ def report(args):
     lines = [f"{found['machine']}; smollm2, layer 6, L0 32; {count('run')} runs, {count('mixture')} mixtures of two attributes, "
              f"{PAIRS} pairs each. Held-out accuracy; plus or minus a standard error over mixtures and seeds. Made by "
              "benchmarks/reward.py.", "",
-             "| head | mean over the answer | last token | weights, mean | last | carry 90 % |", "|---|--:|--:|--:|--:|--:|"]
+             "| head | mean over the answer | last token | weights at the mean, median | at the last | carry 90 % |",
+             "|---|--:|--:|--:|--:|--:|"]
     acc = lambda group, key: cell([r["accuracy"][key]["all"] for r in group if key in r["accuracy"]])
     for m, group in of.items():
         lines.append(f"| {m} | {acc(group, 'SAE mean')} | {acc(group, 'SAE last')} | " + " | ".join(
-            f"{mean(r['weights'][read] for r in group):.0f}" for read in ("mean", "last"))
-            + f" | {mean(r['carry'] for r in group):.0f} |")
+            f"{median(r['weights'][read] for r in group):.0f}" for read in ("mean", "last"))
+            + f" | {median(r['carry'] for r in group):.0f} |")
     lines.append(" | ".join(["| *pre-activations of these*", *(acc(runs, f"pre-activations {read}") for read in ("mean", "last")),
                              "", "", ""]) + " |")
     for way in OWN:
-        weights = [f"{mean(r['weights'][read] for r in none):.0f}" if way == "untrained" else "" for read in ("mean", "last")]
-        carry = f"{mean(r['carry'] for r in none):.0f}" if way == "untrained" else ""
+        weights = [f"{median(r['weights'][read] for r in none):.0f}" if way == "untrained" else "" for read in ("mean", "last")]
+        carry = f"{median(r['carry'] for r in none):.0f}" if way == "untrained" else ""
         lines.append(" | ".join([f"| *{way}*", acc(none, f"{way} mean"), acc(none, f"{way} last"), *weights, carry]) + " |")
     lines += ["", "**By attribute** (means over methods; share: of the margins of its held-out pairs, and in brackets of the "
               f"other attribute's; edited: weights of at most {N} latents times {FACTOR:g}; margins, rewards: how far they move, "
